@@ -1,0 +1,77 @@
+"""Named errors. Each passes its own arguments to ``super().__init__`` so that it survives pickling."""
+
+from collections.abc import Sequence
+
+
+class OneCompError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class UserError(OneCompError, ValueError):
+    """Something the user can repair, found before any work was done (exit status 2)."""
+
+
+class ConfigError(UserError):
+    """Settings that cannot work; lists every problem at once.
+
+    Args:
+        subject: The configuration object, e.g. ``"GPTQ"``.
+        problems: One sentence each: value, rule, remedy.
+    """
+
+    def __init__(self, subject: str, problems: Sequence[str]):
+        super().__init__(subject, problems)
+        self.subject, self.problems = subject, list(problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.subject}: {self.problems[0]}"
+        return "\n".join([f"{self.subject}: {len(self.problems)} problems", *(f"  - {p}" for p in self.problems)])
+
+
+class InputError(UserError):
+    """A model, file or directory that cannot be used.
+
+    Args:
+        subject: What was looked at, usually a path.
+        problem: What was found, what is allowed, what to do.
+    """
+
+    def __init__(self, subject: object, problem: str):
+        super().__init__(str(subject), problem)
+        self.subject, self.problem = str(subject), problem
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.problem}"
+
+
+class QuantizationError(OneCompError):
+    """Arithmetic failed on finite input; the caller knows the layer and the next rung of the ladder."""
+
+
+class LayerError(OneCompError):
+    """One layer cannot be processed; the run stops and names the layer."""
+
+    def __init__(self, layer_name: str, reason: str):
+        super().__init__(layer_name, reason)
+        self.layer_name, self.reason = layer_name, reason
+
+    def __str__(self) -> str:
+        return f"{self.layer_name}: {self.reason}"
+
+
+class WorkerError(OneCompError):
+    """A worker process was lost.
+
+    Args:
+        worker: Number of the worker.
+        doing: The unit it was working on.
+        reason: What is known of the cause.
+    """
+
+    def __init__(self, worker: int, doing: str, reason: str):
+        super().__init__(worker, doing, reason)
+        self.worker, self.doing, self.reason = worker, doing, reason
+
+    def __str__(self) -> str:
+        return f"worker {self.worker} was lost while it did {self.doing}: {self.reason}"

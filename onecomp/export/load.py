@@ -1,0 +1,277 @@
+"""Reading checkpoint directories back into models, quantized ones with their own layers.
+
+``transformers`` has loaders of its own for some ``quant_method``s, which need further packages
+and other layers. Here the model is built from its config without that entry.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_balanced_memory
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from onecomp.errors import InputError
+from onecomp.export.checkpoint import CONFIG, TOKENIZER_CONFIG
+from onecomp.export.quant_config import LayerBits, check_quant_config, quantized_layers
+from onecomp.models.source import DOWNLOADED, ModelSource
+from onecomp.quantizer.gptq.layer import REQUIRED_TENSORS, GPTQLinear
+from onecomp.quantizer.quant_linear import QuantLinear
+
+logger = logging.getLogger(__name__)
+
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (TOKENIZER_CONFIG, "tokenizer.json", "tokenizer.model", "vocab.json")
+
+DeviceMap = str | Mapping[str, int | str | torch.device] | None
+
+
+def _gptq_layer(state: dict[str, Tensor], bits: LayerBits, name: str) -> QuantLinear:
+    return GPTQLinear.from_saved_state(state, wbits=bits.wbits, groupsize=bits.groupsize, name=name)
+
+
+LAYER_LOADERS: dict[str, Callable[[dict[str, Tensor], LayerBits, str], QuantLinear]] = {
+    "gptq": _gptq_layer
+}
+"""Method of a layer -> how its tensors become a layer."""
+
+CODE_TENSORS = frozenset(REQUIRED_TENSORS)
+"""Names that only quantized layers have."""
+
+
+def load_quantized_model(
+    directory: str | Path,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    device_map: DeviceMap = "auto",
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a checkpoint that this package wrote, quantized or dequantized.
+
+    Only safetensors and JSON files are read; nothing is unpickled.
+
+    Args:
+        directory: Checkpoint directory, or a Hub id.
+        torch_dtype: Type of everything but the quantized layers; None takes the checkpoint's.
+        device_map: As ``accelerate`` understands it. Without CUDA, and for ``"cpu"`` and None, the
+            model stays on the CPU.
+        trust_remote_code: Run model code that comes with the checkpoint.
+        local_files_only: Do not ask the Hub.
+
+    Returns:
+        The model, in evaluation mode, with ``config.quantization_config`` as a plain dict where
+        it is quantized; and the tokenizer, or None where the checkpoint has none.
+
+    Raises:
+        InputError: The checkpoint is missing, incomplete, damaged or of an unknown kind.
+    """
+    path = _checkpoint_directory(directory, local_files_only)
+    settings = _read_json(path / CONFIG)
+    source = ModelSource(str(directory), path, trust_remote_code)
+    weights = Weights(path, source.read(source.tensor_files))
+    config = _model_config(path, trust_remote_code)
+    dtype = torch_dtype or config.dtype or torch.float32
+    if settings.get("quantization_config") is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    else:
+        check_quant_config(settings["quantization_config"], path)
+        model = _quantized_model(config, weights, dtype, trust_remote_code)
+        model.config.quantization_config = settings["quantization_config"]
+        if (path / GENERATION_CONFIG).exists():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    return _dispatch(model.eval(), device_map), _tokenizer(path, trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors of a checkpoint by name, mapped from its files and not read before they are used."""
+
+    directory: Path
+    tensors: dict[str, Tensor]
+
+    def by_module(self) -> dict[str, dict[str, Tensor]]:
+        """Module name -> its own tensors by their name inside the module."""
+        modules: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            module_name, _, leaf = name.rpartition(".")
+            modules.setdefault(module_name, {})[leaf] = tensor
+        return modules
+
+
+class QuantizedModelLoader:
+    """:func:`load_quantized_model` under its documented second name."""
+
+    load_quantized_model = staticmethod(load_quantized_model)
+
+
+def _checkpoint_directory(directory: str | Path, local_files_only: bool) -> Path:
+    path = Path(directory).expanduser()
+    if path.exists() and not path.is_dir():
+        raise InputError(directory, "is a file, not a directory. Name the checkpoint's directory.")
+    if not path.exists():
+        path = _download(str(directory), local_files_only)
+    if not (path / CONFIG).exists():
+        raise InputError(
+            path, f"holds no {CONFIG}: it is no checkpoint, or writing it was interrupted."
+        )
+    return path
+
+
+def _download(model_id: str, local_files_only: bool) -> Path:
+    try:
+        path = snapshot_download(
+            model_id, allow_patterns=DOWNLOADED, local_files_only=local_files_only
+        )
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            model_id,
+            "is not a directory, and the Hub has no such model or cannot be reached "
+            f"({type(error).__name__}). Check the path, or download the model first.",
+        ) from error
+    return Path(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(path, f"is not valid JSON ({error}). Copy it again.") from error
+
+
+def _model_config(path: Path, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise InputError(path, str(error)) from error
+
+
+def _quantized_model(
+    config: PretrainedConfig, weights: Weights, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    quantization = config.quantization_config
+    del config.quantization_config
+    # Buffers that no checkpoint holds (rotary frequencies) are computed here, for good.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    modules, by_module = dict(model.named_modules()), weights.by_module()
+    for name, bits in quantized_layers(quantization, modules).items():
+        layer = _load_layer(by_module.pop(name, {}), bits, name, weights.directory)
+        _place_layer(modules, name, layer, weights.directory)
+    for name, tensors in by_module.items():
+        _fill_module(modules.get(name), name, tensors, weights.directory)
+    model.tie_weights()
+    _check_complete(model, weights)
+    return model
+
+
+def _load_layer(
+    state: dict[str, Tensor], bits: LayerBits, name: str, directory: Path
+) -> QuantLinear:
+    if bits.method not in LAYER_LOADERS:
+        known = ", ".join(sorted(LAYER_LOADERS))
+        raise InputError(directory, f"{name}: method {bits.method!r} is unknown. Known: {known}.")
+    return LAYER_LOADERS[bits.method](state, bits, f"{directory}: {name}")
+
+
+def _place_layer(
+    modules: dict[str, nn.Module], name: str, layer: QuantLinear, directory: Path
+) -> None:
+    linear = modules.get(name)
+    if not isinstance(linear, nn.Linear):
+        found = "no such module" if linear is None else f"a {type(linear).__name__} there"
+        raise InputError(directory, f"{name} is quantized, but the model has {found}.")
+    shape, expected = (layer.out_features, layer.in_features), tuple(linear.weight.shape)
+    if shape != expected:
+        raise InputError(directory, f"{name} has shape {shape}, but the model expects {expected}.")
+    parent, _, leaf = name.rpartition(".")
+    setattr(modules[parent], leaf, layer)
+
+
+def _fill_module(
+    module: nn.Module | None, name: str, tensors: dict[str, Tensor], directory: Path
+) -> None:
+    """Put the checkpoint's tensors into one module that is not quantized."""
+    if CODE_TENSORS & tensors.keys():
+        raise InputError(
+            directory,
+            f"unexpected quantized tensors {name}.{{{','.join(sorted(tensors))}}}: "
+            "the quantization_config does not list this layer.",
+        )
+    own = {} if module is None else _own_tensors(module)
+    if unused := sorted(tensors.keys() - own.keys()):
+        logger.warning("%s: the model does not use %s of %s.", directory, ", ".join(unused), name)
+    state = {leaf: tensors[leaf].to(own[leaf].dtype) for leaf in own.keys() & tensors.keys()}
+    for leaf, tensor in state.items():
+        if tensor.shape != own[leaf].shape:
+            found, expected = tuple(tensor.shape), tuple(own[leaf].shape)
+            raise InputError(
+                directory, f"{name}.{leaf} has shape {found}, but the model expects {expected}."
+            )
+    if module is not None:
+        module.load_state_dict(state, strict=False, assign=True)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    parameters = module.named_parameters(recurse=False)
+    return {**dict(parameters), **dict(module.named_buffers(recurse=False))}
+
+
+def _check_complete(model: PreTrainedModel, weights: Weights) -> None:
+    buffers = dict(model.named_buffers())
+    missing = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_meta or (name in buffers and name not in weights.tensors)
+    ]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise InputError(
+            weights.directory,
+            f"tensors missing in the checkpoint: {', '.join(missing[:5])}{more}. "
+            "Write or copy the checkpoint again.",
+        )
+
+
+def _dispatch(model: PreTrainedModel, device_map: DeviceMap) -> PreTrainedModel:
+    if device_map is None or device_map == "cpu" or not torch.cuda.is_available():
+        return model
+    return dispatch_model(model, device_map=_placement(model, device_map))
+
+
+def _placement(
+    model: PreTrainedModel, device_map: str | Mapping[str, int | str | torch.device]
+) -> dict[Any, Any]:
+    if not isinstance(device_map, str):
+        return dict(device_map)
+    if device_map != "auto":
+        return {"": device_map}
+    whole = list(model._no_split_modules)
+    memory = get_balanced_memory(model, no_split_module_classes=whole)
+    return dict(infer_auto_device_map(model, memory, no_split_module_classes=whole))
+
+
+def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

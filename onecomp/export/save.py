@@ -1,0 +1,98 @@
+"""A checkpoint, block by block: each part is written when its results exist, no model is held."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from onecomp.export.checkpoint import finish_checkpoint, write_shard
+from onecomp.models.skeleton import Skeleton
+from onecomp.quantizer.base import Quantizer
+from onecomp.quantizer.result import QuantizationResult
+
+
+def has_format(quantizer: Quantizer) -> bool:
+    """Whether the method has a checkpoint format of its own."""
+    try:
+        quantizer.get_quant_config()
+    except NotImplementedError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writes one shard for what lies outside the blocks, and one for each block."""
+
+    directory: Path
+    quantizer: Quantizer
+    dequantized: bool
+    """Store dequantized weights in the model's dtype instead of codes."""
+    pack_weights: bool = True
+
+    def shard_name(self, number: int, num_blocks: int) -> str:
+        """File name; 0 is the part outside the blocks, block ``i`` has number ``i + 1``."""
+        return f"model-{number + 1:05d}-of-{num_blocks + 1:05d}.safetensors"
+
+    def write_outer(self, skeleton: Skeleton) -> None:
+        """Embeddings, last norm, output head: copied from the source in the skeleton's dtype."""
+        blocks = tuple(
+            skeleton.tensor_name(f"{skeleton.block_name(i)}.{key}").removesuffix(key)
+            for i, block in enumerate(skeleton.blocks)
+            for key in list(block.state_dict())[:1]
+        )
+        names = [n for n in skeleton.source.tensor_files if not n.startswith(blocks)]
+        tensors = skeleton.source.read(names, dtype=skeleton.dtype)
+        name = self.shard_name(0, len(skeleton.blocks))
+        write_shard(self.directory, name, tensors)
+
+    def write_block(
+        self, skeleton: Skeleton, block_index: int, results: Mapping[str, QuantizationResult]
+    ) -> None:
+        """One block: quantized layers from their results, everything else from the source."""
+        prefix = skeleton.block_name(block_index)
+        keys = {f"{prefix}.{key}" for key in skeleton.blocks[block_index].state_dict()}
+        stored = {key: skeleton.tensor_name(key) for key in keys}
+        replaced = {f"{name}.weight" for name in results}
+        wanted = {
+            k: s
+            for k, s in stored.items()
+            if k not in replaced and s in skeleton.source.tensor_files
+        }
+        read = skeleton.source.read(wanted.values(), dtype=skeleton.dtype)
+        tensors = {key: read[s] for key, s in wanted.items()}
+        for name, result in results.items():
+            tensors |= self._layer_tensors(skeleton, name, result, tensors)
+        write_shard(self.directory, self.shard_name(block_index + 1, len(skeleton.blocks)), tensors)
+
+    def _layer_tensors(
+        self,
+        skeleton: Skeleton,
+        name: str,
+        result: QuantizationResult,
+        others: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        if self.dequantized:
+            return {f"{name}.weight": result.dequantize().to(skeleton.dtype)}
+        shape = skeleton.model.get_submodule(name)
+        linear = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
+        bias = others.get(f"{name}.bias")
+        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        layer = self.quantizer.create_inference_layer(
+            result, linear, pack_weights=self.pack_weights
+        )
+        return {f"{name}.{key}": tensor for key, tensor in layer.packed_state().items()}
+
+    def finish(self, skeleton: Skeleton, layer_names: list[str]) -> None:
+        """Index, configuration, tokenizer and everything else beside the weights."""
+        config = skeleton.source.config.to_dict()
+        config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
+        num_blocks = len(skeleton.blocks)
+        if not self.dequantized:
+            config["quantization_config"] = self.quantizer.finalize_quant_config_for_save(
+                self.quantizer.get_quant_config(), layer_names, num_blocks
+            )
+        names = [self.shard_name(number, num_blocks) for number in range(num_blocks + 1)]
+        finish_checkpoint(self.directory, names, config, skeleton.source.directory)

@@ -1,0 +1,12 @@
+"""Reading a Hugging Face decoder block by block: where its weights lie, what it is made of, how it is called."""
+
+from onecomp.models.calls import BlockCall as BlockCall
+from onecomp.models.calls import record_calls as record_calls
+from onecomp.models.config import ModelConfig as ModelConfig
+from onecomp.models.layout import BlockLayout as BlockLayout
+from onecomp.models.layout import InputGroup as InputGroup
+from onecomp.models.layout import ModelLayout as ModelLayout
+from onecomp.models.layout import inspect_model as inspect_model
+from onecomp.models.skeleton import Skeleton as Skeleton
+from onecomp.models.source import ModelSource as ModelSource
+from onecomp.models.suspended import SuspendedForward as SuspendedForward

@@ -1,0 +1,140 @@
+"""With what arguments each block is called: recorded by running the model with its blocks replaced."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from onecomp.models.skeleton import Skeleton, fill
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Arguments of one block's call other than the hidden states."""
+
+    args: tuple = ()
+    kwargs: dict[str, object] = field(default_factory=dict)
+
+    def run(self, block: nn.Module, hidden: Float[Tensor, "*batch hidden"]) -> Tensor:
+        """Hidden states behind the block."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "BlockCall":
+        """The same call with every tensor replaced by ``change(tensor)``."""
+        return BlockCall(_map(self.args, change), _map(self.kwargs, change))
+
+
+class LastBlockReachedError(Exception):
+    """Ends the recording; nothing behind the blocks is computed."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its call and hands the hidden states on."""
+
+    def __init__(self, block: nn.Module, returns_tuple: bool, is_last: bool):
+        super().__init__()
+        self.attributes = {k: v for k, v in vars(block).items() if not k.startswith("_")}
+        self.returns_tuple, self.is_last = returns_tuple, is_last
+        self.hidden: Tensor | None = None
+        self.call = BlockCall()
+
+    def __getattr__(self, name: str) -> object:
+        attributes = self.__dict__.get("attributes", {})
+        return attributes[name] if name in attributes else super().__getattr__(name)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        if args:
+            self.hidden, args = args[0], args[1:]
+        else:
+            self.hidden = kwargs.pop("hidden_states")
+        self.call = BlockCall(args, kwargs)
+        if self.is_last:
+            raise LastBlockReachedError
+        return (self.hidden,) if self.returns_tuple else self.hidden
+
+
+def record_calls(
+    skeleton: Skeleton,
+    input_ids: Int[Tensor, "samples length"],
+    attention_mask: Int[Tensor, "samples length"] | None,
+    *,
+    returns_tuple: bool,
+    num_blocks: int | None = None,
+) -> tuple[Float[Tensor, "samples length hidden"], list[BlockCall]]:
+    """Hidden states in front of the first block, and the call of every block.
+
+    Args:
+        skeleton: Model whose modules in front of the blocks can be run, see ``fill_on_demand``.
+        input_ids: Tokens.
+        attention_mask: 0 where a token is padding; None when there is none.
+        returns_tuple: Whether the model's blocks return tuples.
+        num_blocks: Record only the first blocks.
+    """
+    blocks = skeleton.blocks
+    count = len(blocks) if num_blocks is None else num_blocks
+    recorders = [_Recorder(b, returns_tuple, i == count - 1) for i, b in enumerate(blocks)]
+    originals = list(blocks)
+    for index, recorder in enumerate(recorders):
+        blocks[index] = recorder
+    try:
+        with torch.inference_mode():
+            skeleton.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    except LastBlockReachedError:
+        pass
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+    return recorders[0].hidden, [recorder.call for recorder in recorders[:count]]
+
+
+def fill_on_demand(skeleton: Skeleton, device: torch.device) -> None:
+    """Read the weights of a module outside the blocks when it is first called, and only then.
+
+    So the embedding is read, and the output head, which is never reached, is not.
+    """
+    for name, module in skeleton.outer_modules():
+        _fill_at_first_call(module, name, skeleton, device)
+    for module in skeleton.model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(device)
+
+
+def _fill_at_first_call(
+    module: nn.Module, name: str, skeleton: Skeleton, device: torch.device
+) -> None:
+    def read_weights(module: nn.Module, _args: object) -> None:
+        handle.remove()
+        fill(module, name, skeleton, device)
+
+    handle = module.register_forward_pre_hook(read_weights)
+
+
+class CallInterner:
+    """Keeps one copy of equal tensors, so that masks and rotary tables of all batches cost one."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, Tensor] = {}
+
+    def intern(self, call: BlockCall) -> BlockCall:
+        """The same call, its tensors shared with earlier calls of equal content."""
+        return call.map_tensors(self._intern_tensor)
+
+    def _intern_tensor(self, tensor: Tensor) -> Tensor:
+        plain = tensor.detach().cpu().contiguous()
+        content = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+        key = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(content).digest())
+        return self._known.setdefault(key, tensor)
+
+
+def _map(value: object, change: Callable[[Tensor], Tensor]) -> object:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value

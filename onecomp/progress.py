@@ -1,0 +1,120 @@
+"""Progress of a run as its driver reports it: a bar on a terminal, else one log line per block."""
+
+import io
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from onecomp.log import format_duration
+
+logger = logging.getLogger(__name__)
+
+TextStream = TextIO | io.TextIOBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockProgress:
+    """One finished transformer block, as the driver reports it."""
+
+    done: int
+    """Finished blocks, reused ones included."""
+    total: int
+    output_error: float | None
+    """Relative squared output error, mean over the block's layers; None if not measured."""
+    calibrate_s: float
+    quantize_s: float
+    eta_s: float
+    """Seconds to the end of the last block."""
+
+    def __str__(self) -> str:
+        return (
+            f"block {self.done:>3}/{self.total}  output_error {_error_text(self.output_error)}  "
+            f"calibrate {self.calibrate_s:6.1f} s  quantize {self.quantize_s:6.1f} s  "
+            f"eta {self.eta_s / 60:5.1f} min"
+        )
+
+
+class Progress:
+    """Counts finished blocks and says when the rest will be done.
+
+    Use as a context manager. On a terminal it draws a bar that vanishes at the end; elsewhere it
+    logs each block at INFO. The clock starts at construction.
+
+    Args:
+        total: Blocks of the model.
+        reused: Blocks that an earlier run finished. They count as done, but not for the pace.
+        stream: Where the bar goes if it is a terminal; None means standard error.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        reused: int = 0,
+        stream: TextStream | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.reused, self.done = total, reused, reused
+        self._clock, self._started_s = clock, clock()
+        self._bar = _make_bar(sys.stderr if stream is None else stream)
+        self._row = self._bar.add_task(
+            "blocks", total=total, completed=reused, error=_error_text(None), eta="-"
+        )
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def finished_block(
+        self, output_error: float | None, calibrate_s: float, quantize_s: float
+    ) -> BlockProgress:
+        """Report one more block and return what was reported."""
+        self.done += 1
+        progress = BlockProgress(
+            done=self.done,
+            total=self.total,
+            output_error=output_error,
+            calibrate_s=calibrate_s,
+            quantize_s=quantize_s,
+            eta_s=self._eta_s(),
+        )
+        logger.log(logging.INFO if self._bar.disable else logging.DEBUG, "%s", progress)
+        self._bar.update(
+            self._row,
+            completed=self.done,
+            error=_error_text(output_error),
+            eta=format_duration(progress.eta_s),
+        )
+        return progress
+
+    def _eta_s(self) -> float:
+        elapsed_s = self._clock() - self._started_s
+        return elapsed_s / (self.done - self.reused) * (self.total - self.done)
+
+
+def _make_bar(stream: TextStream) -> RichProgress:
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("output_error {task.fields[error]}"),
+        TextColumn("eta {task.fields[eta]}"),
+        console=Console(file=cast(IO[str], stream)),
+        transient=True,
+        disable=not stream.isatty(),
+    )
+
+
+def _error_text(output_error: float | None) -> str:
+    return f"{'-':>8}" if output_error is None else f"{output_error:.2e}"

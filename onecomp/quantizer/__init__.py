@@ -1,0 +1,9 @@
+"""Quantizers: one folder a method, the same files in each."""
+
+from onecomp.quantizer.base import Quantizer as Quantizer
+from onecomp.quantizer.gptq import GPTQ as GPTQ
+from onecomp.quantizer.gptq import GPTQResult as GPTQResult
+from onecomp.quantizer.result import QuantizationResult as QuantizationResult
+from onecomp.quantizer.result_loader import ResultLoader as ResultLoader
+from onecomp.quantizer.rtn import RTN as RTN
+from onecomp.quantizer.rtn import RTNResult as RTNResult

@@ -1,0 +1,284 @@
+"""The interface of every quantizer: settings in, one result per layer out."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from onecomp.errors import ConfigError
+from onecomp.linalg import one_thread
+from onecomp.qep.correction import corrected_weight
+from onecomp.quantizer import result_files
+from onecomp.quantizer.errors_of import fill_weight_errors, fill_output_errors
+from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.quant_linear import QuantLinear
+from onecomp.quantizer.result import QuantizationResult
+from onecomp.statistics import GroupStatistics
+
+RUN_STATE = ("module_to_name", "results")
+"""Fields that a run fills; everything else is a setting."""
+
+
+@dataclass
+class Quantizer(ABC):
+    """Settings of a method, and which layers it is for.
+
+    A layer is quantized when all of this holds: it is one of ``target_layer_types``; it is in
+    ``include_layer_names`` (if given); its name contains one of ``include_layer_keywords`` (if
+    given); it is not in ``exclude_layer_names``; its name contains none of
+    ``exclude_layer_keywords``; and fewer than ``num_layers`` were found before it.
+
+    To add a method: inherit, implement ``quantize_layer``, and set ``flag_calibration`` and
+    ``flag_hessian`` when it needs calibration data and the Hessian.
+    """
+
+    name: str | None = None
+    """Default: class name and main settings."""
+    num_layers: int | None = None
+    """Largest number of layers; None for all."""
+    calc_quant_error: bool = False
+    """Fill the error fields of the results."""
+    include_layer_names: list[str] | None = None
+    exclude_layer_names: list[str] = field(default_factory=lambda: ["lm_head"])
+    include_layer_keywords: list[str] | None = None
+    exclude_layer_keywords: list[str] | None = None
+    target_layer_types: tuple = field(default_factory=lambda: (nn.Linear,))
+    hessian_dtype: torch.dtype = torch.float32
+    """Precision in which the Hessian is handed to ``quantize_layer``; sums are always float32."""
+    module_to_name: dict = field(default_factory=dict)
+    results: Mapping[str, QuantizationResult] = field(default_factory=dict)
+    flag_calibration: bool = False
+    flag_hessian: bool = False
+    flag_xtx: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name is None:
+            self.name = self.default_name()
+        self.validate_params()
+
+    def default_name(self) -> str:
+        """Name built from the class and its main settings."""
+        return type(self).__name__
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, one sentence each."""
+        return []
+
+    def validate_params(self) -> None:
+        """Check every setting.
+
+        Raises:
+            ConfigError: With all problems at once; it is a ``ValueError``.
+        """
+        if problems := self.problems():
+            raise ConfigError(type(self).__name__, problems)
+
+    def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
+        """What keeps this layer from being quantized with these settings, one sentence each."""
+        return []
+
+    # Layers
+
+    def selects(self, name: str, module: nn.Module) -> bool:
+        """Whether a module is a target, ``num_layers`` aside."""
+        included_names, included_keywords = self.include_layer_names, self.include_layer_keywords
+        return (
+            isinstance(module, tuple(self.target_layer_types))
+            and (included_names is None or name in included_names)
+            and (included_keywords is None or any(key in name for key in included_keywords))
+            and name not in (self.exclude_layer_names or ())
+            and not any(key in name for key in self.exclude_layer_keywords or ())
+        )
+
+    def select_layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Target layers by full name, in the order of ``named_modules``."""
+        found = {n: m for n, m in model.named_modules() if self.selects(n, m)}
+        return dict(list(found.items())[: self.num_layers])
+
+    def setup(self, model: nn.Module) -> None:
+        """Note the target layers of a live model in ``module_to_name``, for the hook ``quantize``."""
+        self.validate_params()
+        self.module_to_name = {m: name for name, m in self.select_layers(model).items()}
+
+    def execute_post_processing(self) -> None:
+        """Forget the live model; results stay."""
+        self.module_to_name = {}
+
+    # One layer of a live model
+
+    @abstractmethod
+    def quantize_layer(
+        self, module: nn.Module, input: Sequence[Tensor] | Tensor | None = None, hessian: Tensor | None = None
+    ) -> Tensor | QuantizationResult:
+        """Quantize one layer; its weight is not changed.
+
+        Args:
+            module: The layer.
+            input: Its input activations ``(..., in)``; used where ``hessian`` is not given.
+            hessian: ``2 / tokens * XᵀX``, ``(in, in)``.
+
+        Returns:
+            A result, or just the dequantized weight.
+        """
+
+    def quantize(
+        self, module: nn.Module, input: Sequence[Tensor] | Tensor, output: Tensor | None = None
+    ) -> None:
+        """Quantize a layer from within a forward pass (``register_forward_hook``); fills ``results``."""
+        started = time.monotonic()
+        statistics = self._observe(input) if self.flag_hessian or self.calc_quant_error else None
+        hessian = statistics.hessian().to(self.hessian_dtype) if self.flag_hessian else None
+        with one_thread():
+            result = as_result(self.quantize_layer(module, input, hessian))
+        result.quantization_time = time.monotonic() - started
+        self._keep(module, module.weight.data, result, statistics)
+
+    def quantize_with_qep(
+        self,
+        module: nn.Module,
+        quant_input_activation: Tensor,
+        original_input_activation: Tensor | None = None,
+        percdamp: float = 0.01,
+        perccorr: float = 0.5,
+        hessian: Tensor | None = None,
+        delta_hatX: Tensor | None = None,
+    ) -> None:
+        """Correct the layer's weight for the error of its input, then quantize it; fills ``results``.
+
+        Quantization error propagation (Arai and Ichikawa, 2025, arXiv:2504.09629), see
+        ``onecomp.qep``. The corrected weight is written to ``module.weight``. Without
+        ``original_input_activation`` and ``delta_hatX`` there is no correction.
+
+        Args:
+            module: The layer.
+            quant_input_activation: Input in the model quantized so far, ``(..., in)``.
+            original_input_activation: The same tokens' input in the original model.
+            percdamp: Damping of the correction, a fraction of the Hessian's mean diagonal.
+            perccorr: How much of the correction to apply, 0 to 1.
+            hessian: ``2 / tokens * X̂ᵀX̂``; computed from the input when missing.
+            delta_hatX: ``2 / tokens * (X - X̂)ᵀX̂``; computed from both inputs when missing.
+        """
+        started = time.monotonic()
+        statistics = GroupStatistics.of(quant_input_activation, original_input_activation)
+        hessian = statistics.hessian() if hessian is None else hessian
+        delta_hatX = statistics.delta() if delta_hatX is None else delta_hatX
+        with one_thread():
+            if delta_hatX is not None:
+                factor = HessianFactors(hessian.float()).at(percdamp)
+                weight = corrected_weight(module.weight.data.float(), delta_hatX, factor, perccorr)
+                module.weight.data.copy_(weight)
+            result = as_result(
+                self.quantize_layer(module, quant_input_activation, hessian.to(self.hessian_dtype))
+            )
+        result.quantization_time = time.monotonic() - started
+        self._keep(module, module.weight.data, result, statistics)
+
+    def _observe(self, input: Sequence[Tensor] | Tensor) -> GroupStatistics:
+        return GroupStatistics.of(input if isinstance(input, Tensor) else input[0], None)
+
+    def _keep(
+        self, module: nn.Module, weight: Tensor, result: QuantizationResult, statistics: GroupStatistics | None
+    ) -> None:
+        if self.calc_quant_error:
+            fill_weight_errors(result, weight)
+            if statistics is not None:
+                fill_output_errors(result, weight, statistics)
+        self.results[self.module_to_name.get(module, "")] = result
+
+    # A group of layers with the same input: what the pipeline calls
+
+    def column_order(self, hessian: Float[Tensor, "in in"]) -> Tensor | None:
+        """Order in which the method solves the columns; None for the layer's own."""
+        return None
+
+    def quantize_weights(
+        self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
+    ) -> dict[str, QuantizationResult]:
+        """Quantize layers that share an input; methods override it to share work between them.
+
+        Args:
+            weights: Float32 weights by full layer name.
+            factors: The Hessian and its factors; None for methods without one.
+        """
+        hessian = None if factors is None else factors.hessian.to(self.hessian_dtype)
+        results = {}
+        for name, weight in weights.items():
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+            self.module_to_name = {layer: name}
+            results[name] = as_result(self.quantize_layer(layer, None, hessian))
+        self.module_to_name = {}
+        return results
+
+    # Results
+
+    def save_results(self, filepath: str | Path) -> None:
+        """Write ``results`` to a file (``.pt``) of tensors and plain values."""
+        result_files.save_results(self.results, filepath)
+
+    def load_results(
+        self, filepath: str | Path, weights_only: bool = False
+    ) -> Mapping[str, QuantizationResult]:
+        """Read ``results`` from a file; result objects are restored without unpickling any.
+
+        Args:
+            filepath: File written by ``save_results``.
+            weights_only: Kept for compatibility; the safe loader is used in either case.
+        """
+        del weights_only
+        self.results = result_files.load_results(filepath)
+        return self.results
+
+    def apply_results_to_model(self, model: nn.Module, **kwargs: object) -> None:
+        """Replace the layers of ``model`` that have a result by their inference layers, in place.
+
+        Args:
+            model: The base model.
+            **kwargs: For ``create_inference_layer``, e.g. ``pack_weights=True``.
+        """
+        for name, result in self.results.items():
+            parent_name, _, child = name.rpartition(".")
+            layer = self.create_inference_layer(result, model.get_submodule(name), **kwargs)
+            setattr(model.get_submodule(parent_name), child, layer)
+
+    # Export
+
+    def get_quant_config(self) -> dict:
+        """``quantization_config`` of a checkpoint.
+
+        Raises:
+            NotImplementedError: The method has no checkpoint format.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no checkpoint format of its own.")
+
+    def create_inference_layer(
+        self, result: QuantizationResult, linear_module: nn.Linear, **kwargs: object
+    ) -> QuantLinear:
+        """The layer that runs and is saved in place of ``linear_module``.
+
+        Raises:
+            NotImplementedError: The method has no checkpoint format.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no inference layer of its own.")
+
+    def finalize_quant_config_for_save(
+        self, quant_config: dict, quantized_layer_names: Sequence[str], num_hidden_layers: int | None
+    ) -> dict:
+        """Complete ``get_quant_config`` with what is known once the layers are."""
+        return quant_config
+
+    def settings(self) -> dict[str, object]:
+        """Every setting by name, without what a run fills."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in RUN_STATE}
+
+
+def as_result(outcome: Tensor | QuantizationResult) -> QuantizationResult:
+    """A result, whatever ``quantize_layer`` returned."""
+    if isinstance(outcome, Tensor):
+        return QuantizationResult(dequantized_weight=outcome.to("cpu", torch.float16))
+    return outcome

@@ -1,0 +1,297 @@
+"""GPTQ's settings, and how it treats layers that share an input."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from onecomp.errors import LayerError, QuantizationError
+from onecomp.export.quant_config import LayerBits, finalize_quant_config, gptq_quant_config
+from onecomp.linalg import quadratic_form
+from onecomp.quantizer.base import Quantizer
+from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.gptq.algorithm import (
+    GridRule,
+    Solution,
+    fit_static_grid,
+    gptq_quantize,
+    nearest_solution,
+)
+from onecomp.quantizer.gptq.layer import GPTQLinear
+from onecomp.quantizer.gptq.result import GPTQResult
+from onecomp.quantizer.grid import GridSearch
+from onecomp.statistics import GroupStatistics
+
+ROW_TILE = 4096
+"""Most rows solved at once; a wider group is cut into even tiles, wherever they run."""
+SMALLEST_PERCDAMP = 3.95e-4
+
+
+@dataclass
+class GPTQ(Quantizer):
+    """Second-order layer-wise quantization (Frantar et al., 2023, arXiv:2210.17323).
+
+    ``static_groups`` is an addition: with ``actorder`` the columns are solved in order of
+    activation while groups stay those of the layer's own column order, so that the checkpoint
+    needs no ``g_idx`` and every serving kernel takes it.
+
+    Example:
+        >>> GPTQ(wbits=4, groupsize=128).name
+        'GPTQ_4bit_gs128'
+    """
+
+    flag_calibration: bool = True
+    flag_hessian: bool = True
+    blocksize: int = 128
+    """Columns corrected at once; a matter of speed only."""
+    percdamp: float = 0.01
+    """Damping, a fraction of the Hessian's mean diagonal."""
+    wbits: int = 4
+    """Bits per weight, 1 to 8."""
+    groupsize: int = -1
+    """Columns that share a scale, a divisor of the layer's ``in_features``; -1 for a whole row."""
+    actorder: bool = False
+    """Solve columns in order of falling activation."""
+    mse: bool = False
+    """Search each group's range for the least error."""
+    sym: bool = True
+    """Zero point fixed in the middle of the codes."""
+    q_grid: int = 600
+    """Steps of the range search."""
+    q_norm: float = 2.4
+    """Exponent of the error in the range search."""
+    mlp_wbits: int | None = None
+    """Bits of layers whose name contains ``mlp``."""
+    mlp_groupsize: int | None = None
+    """Columns per group of those layers."""
+    module_wbits: dict[str, int] | None = None
+    """Bits by full layer name; wins over ``mlp_wbits``."""
+    _: KW_ONLY
+    static_groups: bool = False
+    """Fit all grids to the original weights, in the layer's own column order."""
+
+    def default_name(self) -> str:
+        groups = "perchannel" if self.groupsize == -1 else f"gs{self.groupsize}"
+        return f"GPTQ_{self.wbits}bit_{groups}"
+
+    def problems(self) -> list[str]:
+        bits = {"wbits": self.wbits, "mlp_wbits": self.mlp_wbits}
+        bits |= {f"module_wbits[{k!r}]": v for k, v in (self.module_wbits or {}).items()}
+        sizes = {"groupsize": self.groupsize, "mlp_groupsize": self.mlp_groupsize}
+        optional = {"mlp_wbits", "mlp_groupsize"}
+        problems = [
+            f"{name}={value!r}: must be a whole number from 1 to 8."
+            for name, value in bits.items()
+            if not (value is None and name in optional) and not _whole(value, 1, 8)
+        ]
+        problems += [
+            f"{name}={value!r}: must be -1 (one group a row) or at least 1."
+            for name, value in sizes.items()
+            if not (value is None and name in optional) and value != -1 and not _whole(value, 1)
+        ]
+        if not _whole(self.blocksize, 1):
+            problems.append(f"blocksize={self.blocksize!r}: must be a whole number, at least 1.")
+        if not self.percdamp >= SMALLEST_PERCDAMP:
+            problems.append(f"percdamp={self.percdamp!r}: must be at least {SMALLEST_PERCDAMP}.")
+        if self.mse and not _whole(self.q_grid, 1):
+            problems.append(f"q_grid={self.q_grid!r}: must be a whole number, at least 1.")
+        if self.mse and not self.q_norm > 0:
+            problems.append(f"q_norm={self.q_norm!r}: must be above 0.")
+        return problems
+
+    def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
+        groupsize = self.resolve_groupsize(layer_name, self.groupsize, self.mlp_groupsize)
+        if groupsize == -1 or in_features % groupsize == 0:
+            return []
+        fitting = [size for size in (128, 64, 32) if in_features % size == 0]
+        remedy = f"Use groupsize={' or '.join(map(str, fitting or [-1]))}"
+        return [
+            f"groupsize={groupsize} must divide in_features, but {layer_name} has "
+            f"in_features={in_features} ({in_features} % {groupsize} = {in_features % groupsize}). "
+            f"{remedy}, or exclude the layer with exclude_layer_names."
+        ]
+
+    @staticmethod
+    def resolve_bits(
+        layer_name: str | None,
+        default_bits: int,
+        mlp_bits: int | None = None,
+        module_bits: dict[str, int] | None = None,
+    ) -> int:
+        """Bits of a layer: by its name, else for MLPs, else the default.
+
+        >>> GPTQ.resolve_bits("model.layers.0.mlp.up_proj", 4, mlp_bits=3)
+        3
+        """
+        if layer_name is None:
+            return default_bits
+        if module_bits and layer_name in module_bits:
+            return module_bits[layer_name]
+        return mlp_bits if mlp_bits is not None and "mlp" in layer_name else default_bits
+
+    @staticmethod
+    def resolve_groupsize(
+        layer_name: str | None, default_groupsize: int, mlp_groupsize: int | None = None
+    ) -> int:
+        """Columns per group of a layer: for MLPs, else the default."""
+        is_mlp = layer_name is not None and "mlp" in layer_name
+        return mlp_groupsize if is_mlp and mlp_groupsize is not None else default_groupsize
+
+    def layer_bits(self, layer_name: str | None) -> LayerBits:
+        """Bits and group size of one layer."""
+        return LayerBits(
+            wbits=self.resolve_bits(layer_name, self.wbits, self.mlp_wbits, self.module_wbits),
+            groupsize=self.resolve_groupsize(layer_name, self.groupsize, self.mlp_groupsize),
+        )
+
+    def quantize_layer(
+        self,
+        module: nn.Module,
+        input: Sequence[Tensor] | Tensor | None = None,
+        hessian: Tensor | None = None,
+    ) -> GPTQResult:
+        """Quantize one layer.
+
+        Args:
+            module: A linear layer.
+            input: Its input ``(..., in)``, or the tuple a hook gets; used without ``hessian``.
+            hessian: ``2 / tokens * XᵀX``.
+
+        Raises:
+            LayerError: Neither input nor Hessian, or a group size that does not fit.
+        """
+        name = self.module_to_name.get(module)
+        weight = module.weight.data.float()
+        if problems := self.layer_problems(name or "the layer", weight.shape[1], weight.shape[0]):
+            raise LayerError(name or "the layer", problems[0])
+        if hessian is None:
+            if input is None:
+                raise LayerError(name or "the layer", "GPTQ needs its input or its Hessian.")
+            hessian = GroupStatistics.of(
+                input if isinstance(input, Tensor) else input[0], None
+            ).hessian()
+        hessian = hessian.float()
+        factors = HessianFactors(hessian, self.column_order(hessian))
+        return self.quantize_weights({name or "": weight}, factors)[name or ""]
+
+    def column_order(self, hessian: Float[Tensor, "in in"]) -> Tensor | None:
+        if not self.actorder:
+            return None
+        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+    def quantize_weights(
+        self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
+    ) -> dict[str, GPTQResult]:
+        by_bits = itertools.groupby(sorted(weights, key=self._bits_key), key=self._bits_key)
+        results: dict[str, GPTQResult] = {}
+        for _, names in by_bits:
+            results |= self._quantize_alike({name: weights[name] for name in names}, factors)
+        return {name: results[name] for name in weights}
+
+    def _bits_key(self, name: str) -> tuple[int, int]:
+        bits = self.layer_bits(name)
+        return bits.wbits, bits.groupsize
+
+    def _quantize_alike(
+        self, weights: Mapping[str, Tensor], factors: HessianFactors
+    ) -> dict[str, GPTQResult]:
+        """Layers with the same bits and group size: their rows are solved together."""
+        bits = self.layer_bits(next(iter(weights)))
+        rule = GridRule(
+            wbits=bits.wbits,
+            groupsize=factors.hessian.shape[0] if bits.groupsize == -1 else bits.groupsize,
+            sym=self.sym,
+            search=GridSearch(self.q_grid, self.q_norm) if self.mse else None,
+            static=self.static_groups,
+        )
+        stacked = torch.cat(list(weights.values()))
+        solution = self._solve(stacked, factors, rule)
+        solution, errors = self._no_worse_than_rounding(solution, stacked, factors)
+        perm = None if rule.static or bits.groupsize == -1 else factors.order
+        sizes = [len(weight) for weight in weights.values()]
+        return {
+            name: self._result(bits, part, perm, part_errors)
+            for name, part, part_errors in zip(
+                weights, solution.split(sizes), errors.split(sizes, dim=1), strict=True
+            )
+        }
+
+    def _solve(self, weight: Tensor, factors: HessianFactors, rule: GridRule) -> Solution:
+        try:
+            factor = factors.at(self.percdamp)
+        except QuantizationError as error:
+            factors.fallbacks.append(f"round to nearest: {error}")
+            return nearest_solution(weight, fit_static_grid(weight, rule), rule.groupsize)
+        return Solution.join(
+            gptq_quantize(tile, factor, rule, blocksize=self.blocksize)
+            for tile in weight.tensor_split(-(-len(weight) // ROW_TILE))
+        )
+
+    def _no_worse_than_rounding(
+        self, solution: Solution, weight: Tensor, factors: HessianFactors
+    ) -> tuple[Solution, Float[Tensor, "2 out"]]:
+        """Rows for which rounding each weight on its own is better are rounded so; and each row's
+        output error and output energy."""
+        nearest = solution.nearest(weight)
+        solved, rounded, energy = (
+            quadratic_form(rows, factors.hessian)
+            for rows in (weight - solution.weight(), weight - nearest.weight(), weight)
+        )
+        worse = rounded < solved
+        if worse.any():
+            factors.fallbacks.append(f"round to nearest: {int(worse.sum())} of {len(worse)} rows")
+            solution = solution.replace_rows(worse, nearest)
+        return solution, torch.stack([torch.minimum(solved, rounded), energy])
+
+    def _result(
+        self, bits: LayerBits, solution: Solution, perm: Tensor | None, errors: Tensor
+    ) -> GPTQResult:
+        scales, zeros = solution.grid.scale, solution.grid.zero_point
+        if bits.groupsize == -1:
+            scales, zeros = scales.T, zeros.T
+        error, energy = errors.double().sum(dim=1).tolist()
+        return GPTQResult(
+            relative_output_squared_error=error / energy if energy > 0 else 0.0,
+            wbits=bits.wbits,
+            groupsize=bits.groupsize,
+            actorder=self.actorder,
+            sym=self.sym,
+            qweight=solution.codes.T.to("cpu", torch.int32).contiguous(),
+            scales=scales.to("cpu", torch.float16).contiguous(),
+            qzeros=zeros.to("cpu", torch.float16).contiguous(),
+            perm=None if perm is None else perm.cpu(),
+        )
+
+    def get_quant_config(self) -> dict:
+        """Top level of a GPTQ v1 checkpoint's ``quantization_config``."""
+        return gptq_quant_config(
+            wbits=self.wbits,
+            groupsize=self.groupsize,
+            actorder=self.actorder and not self.static_groups and self.groupsize != -1,
+            sym=self.sym,
+            mlp_wbits=self.mlp_wbits,
+            mlp_groupsize=self.mlp_groupsize,
+            module_wbits=self.module_wbits,
+        )
+
+    def create_inference_layer(
+        self, result: GPTQResult, linear_module: nn.Linear, **kwargs: object
+    ) -> GPTQLinear:
+        return GPTQLinear.from_quantization_result(result, linear_module, **kwargs)
+
+    def finalize_quant_config_for_save(
+        self,
+        quant_config: dict,
+        quantized_layer_names: Sequence[str],
+        num_hidden_layers: int | None,
+    ) -> dict:
+        layers = {name: self.layer_bits(name) for name in quantized_layer_names}
+        return finalize_quant_config(quant_config, layers, num_hidden_layers)
+
+
+def _whole(value: object, least: int, most: int | None = None) -> bool:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return is_whole and value >= least and (most is None or value <= most)

@@ -1,0 +1,225 @@
+"""Uniform grids: the scale and zero point that a group of columns shares.
+
+Weights are laid out column by column (``columns out``): a column of the layer's weight matrix is
+contiguous, as the solver walks through columns.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from onecomp.errors import QuantizationError
+
+SMALLEST_SCALE = 2.0**-24
+"""Smallest positive float16; a group of zeros, or of weights too small for float16, gets it."""
+LARGEST_SCALE = 65504.0
+SEARCH_CHUNK = 1 << 17
+"""Weights searched at once: a chunk and its temporaries stay in a processor's cache."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values ``scale * (code - zero_point)``, code 0..2**wbits - 1, one grid per group and row.
+
+    Scales are exactly representable in float16, so that what is computed with is what is stored.
+    """
+
+    scale: Float[Tensor, "groups out"]
+    """Not zero. Negative where a symmetric grid reaches further on the positive side."""
+    zero_point: Float[Tensor, "groups out"]
+    """Whole numbers 0..2**wbits - 1."""
+    wbits: int
+
+    @property
+    def maxq(self) -> int:
+        """Largest code."""
+        return 2**self.wbits - 1
+
+    def encode(self, columns: Float[Tensor, "columns out"], group: int) -> Float[Tensor, "columns out"]:
+        """Nearest codes (whole numbers in float32) of columns that belong to one group."""
+        codes = torch.round(columns / self.scale[group]).add_(self.zero_point[group])
+        return codes.clamp_(0, self.maxq)
+
+    def decode(self, codes: Float[Tensor, "columns out"], group: int) -> Float[Tensor, "columns out"]:
+        """Values of codes that belong to one group."""
+        return (codes - self.zero_point[group]).mul_(self.scale[group])
+
+
+@dataclass(frozen=True)
+class GridSearch:
+    """Shrink the range of a grid where clipping its extremes lowers the error of the rest.
+
+    Candidates are ``range * (1 - i / steps)`` for ``i < 0.8 * steps``, compared by the sum of
+    ``|error| ** norm`` over the group (Frantar et al., 2023, the authors' code). Of the candidates
+    every ``stride``-th is tried first, then the neighbours of the best at ever smaller strides.
+    """
+
+    steps: int = 600
+    norm: float = 2.4
+    stride: int = 24
+
+
+def fit_grid(
+    groups: Float[Tensor, "groups columns out"],
+    *,
+    wbits: int,
+    sym: bool,
+    search: GridSearch | None = None,
+    importance: Float[Tensor, "groups columns"] | None = None,
+) -> Grid:
+    """Grid of every group and row.
+
+    An asymmetric grid spans [min(w, 0), max(w, 0)], so that 0.0 is exact. A symmetric grid has
+    scale 2a / maxq with a = max |w| and its zero point at code 2**(wbits - 1).
+
+    Args:
+        groups: Weights, float32, one slice per group.
+        wbits: Bits per weight, 1 to 8.
+        sym: Symmetric grid.
+        search: Shrink ranges by error; with ``sym`` it also tries negative scales, whose extra
+            code lies on the positive side.
+        importance: Weight of each column's error in the search, e.g. the Hessian's diagonal.
+
+    Raises:
+        QuantizationError: A scale above 65504, float16's largest number.
+    """
+    low, high = _ranges(groups, sym)
+    if search is None:
+        scale, zero_point = _grid_of_range(low, high, wbits, sym)
+    else:
+        pieces = [
+            _search(*piece, wbits=wbits, sym=sym, search=search)
+            for piece in _chunks(groups, low, high, importance)
+        ]
+        scale, zero_point = (
+            torch.cat(parts, dim=1).reshape(low.shape) for parts in zip(*pieces, strict=True)
+        )
+    if not scale.abs().max() <= LARGEST_SCALE:
+        raise QuantizationError(
+            f"A scale of {scale.abs().max().item():.3g} does not fit float16 (largest 65504)."
+        )
+    return Grid(scale, zero_point, wbits)
+
+
+def round_to_nearest(
+    groups: Float[Tensor, "groups columns out"], grid: Grid
+) -> Int[Tensor, "groups columns out"]:
+    """Nearest codes, each weight on its own (RTN), int32."""
+    scale, zero_point = grid.scale[:, None, :], grid.zero_point[:, None, :]
+    return torch.round(groups / scale).add_(zero_point).clamp_(0, grid.maxq).to(torch.int32)
+
+
+def _ranges(groups: Tensor, sym: bool) -> tuple[Tensor, Tensor]:
+    low, high = groups.amin(dim=1).clamp_(max=0), groups.amax(dim=1).clamp_(min=0)
+    if sym:
+        high = torch.maximum(-low, high)
+        low = -high
+    return low, high
+
+
+def _grid_of_range(low: Tensor, high: Tensor, wbits: int, sym: bool) -> tuple[Tensor, Tensor]:
+    maxq = 2**wbits - 1
+    scale = _storable((high - low) / maxq)
+    if sym:
+        return scale, torch.full_like(scale, 2 ** (wbits - 1))
+    return scale, torch.round(-low / scale).clamp_(0, maxq)
+
+
+def _storable(scale: Tensor) -> Tensor:
+    rounded = scale.clamp(min=SMALLEST_SCALE, max=2 * LARGEST_SCALE).to(torch.float16).float()
+    return torch.where(rounded == 0, SMALLEST_SCALE, rounded)
+
+
+def _chunks(
+    groups: Tensor, low: Tensor, high: Tensor, importance: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Columns-first slices ``(columns, k)`` with ``k`` group-rows each, small enough for a cache."""
+    num_groups, num_columns, num_rows = groups.shape
+    flat = groups.transpose(0, 1).reshape(num_columns, num_groups * num_rows)
+    weights = None
+    if importance is not None:
+        weights = importance.T.repeat_interleave(num_rows, dim=1)
+    width = max(1, SEARCH_CHUNK // num_columns)
+    low, high = low.reshape(1, -1), high.reshape(1, -1)
+    return [
+        (
+            flat[:, start : start + width].contiguous(),
+            low[:, start : start + width],
+            high[:, start : start + width],
+            None if weights is None else weights[:, start : start + width],
+        )
+        for start in range(0, flat.shape[1], width)
+    ]
+
+
+def _search(
+    columns: Tensor, low: Tensor, high: Tensor, importance: Tensor | None, *, wbits: int, sym: bool, search: GridSearch
+) -> tuple[Tensor, Tensor]:
+    best = _Best(columns, low, high, importance, wbits, sym, search)
+    last = max(1, int(0.8 * search.steps)) - 1
+    for step in range(0, last + 1, search.stride):
+        for sign in (1, -1) if sym else (1,):
+            best.try_step(torch.full_like(low, step), torch.full_like(low, sign))
+    stride = search.stride // 2
+    sign_of_best = torch.sign(best.scale)
+    while stride >= 1:
+        centre = best.step
+        for offset in (-stride, stride):
+            best.try_step((centre + offset).clamp_(0, last), sign_of_best)
+        stride //= 2
+    return best.scale, best.zero_point
+
+
+class _Best:
+    """The best candidate so far of every group-row."""
+
+    def __init__(
+        self,
+        columns: Tensor,
+        low: Tensor,
+        high: Tensor,
+        importance: Tensor | None,
+        wbits: int,
+        sym: bool,
+        search: GridSearch,
+    ):
+        self._columns, self._low, self._high, self._importance = columns, low, high, importance
+        self._wbits, self._sym, self._search = wbits, sym, search
+        self._buffers = torch.empty_like(columns), torch.empty_like(columns)
+        self.step = torch.zeros_like(low)
+        self.scale, self.zero_point = _grid_of_range(low, high, wbits, sym)
+        self.error = torch.full_like(low, torch.inf)
+
+    def try_step(self, step: Tensor, sign: Tensor) -> None:
+        """Compare one shrunken range per group-row, with scales of one sign, with the best so far."""
+        shrink = 1 - step / self._search.steps
+        scale, zero_point = _grid_of_range(
+            shrink * self._low, shrink * self._high, self._wbits, self._sym
+        )
+        scale = scale * sign
+        error = self._error(scale, zero_point)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero_point = torch.where(better, zero_point, self.zero_point)
+        self.step = torch.where(better, step, self.step)
+
+    def _error(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        exact, codes = self._buffers
+        torch.mul(self._columns, 1 / scale, out=exact)
+        torch.round(exact, out=codes)
+        if self._sym:  # one zero point for all: a scalar bound is three times as fast
+            codes.clamp_(-(2 ** (self._wbits - 1)), 2 ** (self._wbits - 1) - 1)
+        else:
+            codes.clamp_(-zero_point, 2**self._wbits - 1 - zero_point)
+        error = _power(exact.sub_(codes).abs_(), self._search.norm)
+        if self._importance is not None:
+            error.mul_(self._importance)
+        return error.sum(dim=0, keepdim=True).mul_(scale.abs().pow(self._search.norm))
+
+
+def _power(positive: Tensor, exponent: float) -> Tensor:
+    """``positive ** exponent`` in place; through the logarithm four times as fast as ``pow_``."""
+    return positive.square_() if exponent == 2 else positive.log_().mul_(exponent).exp_()

@@ -1,0 +1,66 @@
+"""The interface of a linear layer that is stored in quantized form."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class QuantLinear(nn.Module, ABC):
+    """A linear layer stored in quantized form; its ``forward`` is that of ``nn.Linear``.
+
+    The forward pass uses ``dequantize()`` rounded to the type of its input and is differentiable
+    in ``tunable_parameters()``.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    @abstractmethod
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """The weight in float32, on the device of the layer."""
+
+    @abstractmethod
+    def tunable_parameters(self) -> Iterator[nn.Parameter]:
+        """Continuous parameters that training may change; codes stay fixed."""
+
+    @abstractmethod
+    def packed_state(self) -> dict[str, Tensor]:
+        """What the checkpoint keeps; names are relative to the layer."""
+
+
+@contextmanager
+def dense_layers(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let ``nn.Linear`` stand in for every quantized layer of ``model`` inside the context.
+
+    Each weight is dequantized once instead of in every call; outputs have the same bits. Use it
+    around many forward passes, one block at a time where memory is short.
+
+    Args:
+        model: Module whose descendants are replaced, and restored afterwards.
+        dtype: Type of the weights, that of the activations.
+    """
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)
+    }
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, _dense(layer, dtype))
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+
+
+def _dense(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    linear = nn.Linear(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+    )
+    linear.weight = nn.Parameter(layer.dequantize().detach().to(dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return linear

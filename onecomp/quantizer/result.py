@@ -1,0 +1,103 @@
+"""What one layer became: the base of every method's result."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from onecomp.errors import ConfigError
+
+STATISTICS = (
+    "quantization_time",
+    "output_squared_error",
+    "mean_output_squared_error",
+    "weight_squared_error",
+    "mean_weight_squared_error",
+    "relative_output_squared_error",
+    "relative_weight_squared_error",
+)
+
+
+@dataclass
+class QuantizationResult:
+    """Result of one layer; each method adds its own fields.
+
+    The error fields are filled when ``calc_quant_error=True``. Output errors are measured on the
+    calibration inputs of the layer: ``||W X - Ŵ X||²``, per entry of the output (mean), and
+    relative to ``||W X||²``.
+    """
+
+    types: ClassVar[dict[str, type["QuantizationResult"]]] = {}
+    """Every result class by name; files name the class, and only these are restored."""
+
+    dequantized_weight: Tensor | None = None
+    """Stored weight of methods without codes; None where the weight is recomputed from codes."""
+    quantization_time: float | None = None
+    """Seconds."""
+    output_squared_error: float | None = None
+    mean_output_squared_error: float | None = None
+    weight_squared_error: float | None = None
+    mean_weight_squared_error: float | None = None
+    relative_output_squared_error: float | None = None
+    relative_weight_squared_error: float | None = None
+
+    def __init_subclass__(cls, **kwargs: object):
+        super().__init_subclass__(**kwargs)
+        QuantizationResult.types[cls.__name__] = cls
+
+    def dequantize(self, device: torch.device | str | None = None) -> Float[Tensor, "out in"]:
+        """Weight in float32 on ``device``, where the pipeline computes with it.
+
+        Raises:
+            NotImplementedError: The result holds neither a weight nor codes.
+        """
+        if self.dequantized_weight is None:
+            raise NotImplementedError(f"{type(self).__name__} stores no dequantized_weight and defines no codes.")
+        return self.dequantized_weight.to(device=device, dtype=torch.float32)
+
+    def compute_dequantized_weight(
+        self, device: torch.device | str | None = None
+    ) -> Float[Tensor, "out in"]:
+        """Dequantized weight in float16 on the CPU, computed on ``device``.
+
+        Raises:
+            NotImplementedError: The result holds neither a weight nor codes.
+        """
+        return self.dequantize(device).to(device="cpu", dtype=torch.float16).contiguous()
+
+    def get_statistics(self) -> dict[str, float | None]:
+        """The seven scalar fields by name."""
+        return {name: getattr(self, name) for name in STATISTICS}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensor fields that are set, by name: the part a results file keeps as tensors."""
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+    def values(self) -> dict[str, object]:
+        """All other fields, by name: plain JSON values."""
+        return {
+            f.name: v for f in fields(self) if not isinstance(v := getattr(self, f.name), Tensor)
+        }
+
+    @staticmethod
+    def restore(
+        type_name: str, tensors: Mapping[str, Tensor], values: Mapping[str, object]
+    ) -> "QuantizationResult":
+        """The inverse of ``tensors`` and ``values``.
+
+        Raises:
+            ConfigError: No class of this name is known; import the module that defines it first.
+        """
+        if type_name not in QuantizationResult.types:
+            known = ", ".join(sorted(QuantizationResult.types))
+            raise ConfigError(
+                "QuantizationResult",
+                [f"{type_name!r} is not a known result class. Known: {known}. Import its module first."],
+            )
+        return QuantizationResult.types[type_name](**tensors, **values)
+
+
+QuantizationResult.types[QuantizationResult.__name__] = QuantizationResult

@@ -1,0 +1,44 @@
+"""Results on disk: tensors and plain values only, so that reading a file runs no code."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from onecomp.errors import InputError
+from onecomp.quantizer.result import QuantizationResult
+
+
+def save_results(results: Mapping[str, QuantizationResult], filepath: str | Path) -> None:
+    """Write results by layer name with ``torch.save``, as tensors and plain values."""
+    torch.save(
+        {
+            name: {"type": type(r).__name__, "tensors": r.tensors(), "values": r.values()}
+            for name, r in results.items()
+        },
+        filepath,
+    )
+
+
+def load_results(filepath: str | Path) -> dict[str, QuantizationResult]:
+    """Read what ``save_results`` wrote, with torch's restricted loader.
+
+    Raises:
+        InputError: No such file, or a file that is not one of ours (pickled objects included).
+    """
+    path = Path(filepath)
+    if not path.is_file():
+        raise InputError(path, "no such file. Give a file written by save_results.")
+    try:
+        stored = torch.load(path, weights_only=True, map_location="cpu")
+        return {
+            name: QuantizationResult.restore(r["type"], r["tensors"], r["values"])
+            for name, r in stored.items()
+        }
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            path,
+            f"is not a results file of this package ({type(error).__name__}: {error}). Pickled objects "
+            "are refused because reading them can run code; write the file again with save_results.",
+        ) from error

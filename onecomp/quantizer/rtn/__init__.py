@@ -1,0 +1,4 @@
+"""Round to nearest: settings and result."""
+
+from onecomp.quantizer.rtn.quantizer import RTN as RTN
+from onecomp.quantizer.rtn.result import RTNResult as RTNResult

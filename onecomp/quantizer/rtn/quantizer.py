@@ -1,0 +1,113 @@
+"""Round to nearest: every weight on its own, no calibration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from onecomp.errors import LayerError
+from onecomp.export.quant_config import LayerBits, finalize_quant_config, gptq_quant_config
+from onecomp.quantizer.base import Quantizer
+from onecomp.quantizer.gptq.layer import GPTQLinear
+from onecomp.quantizer.gptq.result import GPTQResult
+from onecomp.quantizer.grid import GridSearch, fit_grid, round_to_nearest
+from onecomp.quantizer.rtn.result import RTNResult
+
+
+@dataclass
+class RTN(Quantizer):
+    """Round each weight to the nearest value of its group's grid; saved in GPTQ's layout."""
+
+    wbits: int = 4
+    """Bits per weight, 1 to 8."""
+    groupsize: int = -1
+    """Columns that share a scale, a divisor of ``in_features``; -1 for a whole row."""
+    sym: bool = False
+    mse: bool = False
+    """Search each group's range for the least error."""
+    norm: float = 2.4
+    """Exponent of the error in the search."""
+    grid: int = 100
+    """Steps of the search."""
+
+    def default_name(self) -> str:
+        groups = "perchannel" if self.groupsize == -1 else f"gs{self.groupsize}"
+        return f"RTN_{self.wbits}bit_{groups}"
+
+    def problems(self) -> list[str]:
+        problems = []
+        if not 1 <= self.wbits <= 8:
+            problems.append(f"wbits={self.wbits!r}: must be a whole number from 1 to 8.")
+        if self.groupsize != -1 and self.groupsize < 1:
+            problems.append(f"groupsize={self.groupsize!r}: must be -1 or at least 1.")
+        if self.mse and (self.grid < 1 or self.norm <= 0):
+            problems.append(f"grid={self.grid!r}, norm={self.norm!r}: grid >= 1 and norm > 0.")
+        return problems
+
+    def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
+        if self.groupsize == -1 or in_features % self.groupsize == 0:
+            return []
+        return [
+            f"groupsize={self.groupsize} must divide in_features, but {layer_name} has "
+            f"in_features={in_features} ({in_features} % {self.groupsize} = "
+            f"{in_features % self.groupsize}). Use a divisor, or exclude the layer with "
+            "exclude_layer_names."
+        ]
+
+    def quantize_layer(
+        self,
+        module: nn.Module,
+        input: Sequence[Tensor] | Tensor | None = None,
+        hessian: Tensor | None = None,
+    ) -> RTNResult:
+        """Quantize one layer; needs neither input nor Hessian."""
+        weight = module.weight.data.float()
+        out_features, in_features = weight.shape
+        name = self.module_to_name.get(module, "the layer")
+        if problems := self.layer_problems(name, in_features, out_features):
+            raise LayerError(name, problems[0])
+        size = in_features if self.groupsize == -1 else self.groupsize
+        groups = weight.T.reshape(-1, size, out_features)
+        search = GridSearch(self.grid, self.norm, stride=4) if self.mse else None
+        grid = fit_grid(groups, wbits=self.wbits, sym=self.sym, search=search)
+        codes = round_to_nearest(groups, grid).reshape(in_features, out_features)
+        return RTNResult(
+            wbits=self.wbits,
+            groupsize=self.groupsize,
+            sym=self.sym,
+            quantized_weight=codes.T.cpu().contiguous(),
+            scale=grid.scale.T.to("cpu", torch.float16).contiguous(),
+            zero=grid.zero_point.T.to("cpu", torch.float16).contiguous(),
+        )
+
+    def get_quant_config(self) -> dict:
+        """Top level of a GPTQ v1 checkpoint's ``quantization_config``."""
+        return gptq_quant_config(
+            wbits=self.wbits, groupsize=self.groupsize, actorder=False, sym=self.sym
+        )
+
+    def create_inference_layer(
+        self, result: RTNResult, linear_module: nn.Linear, **kwargs: object
+    ) -> GPTQLinear:
+        per_channel = result.groupsize == -1
+        as_gptq = GPTQResult(
+            wbits=result.wbits,
+            groupsize=result.groupsize,
+            actorder=False,
+            sym=result.sym,
+            qweight=result.quantized_weight,
+            scales=result.scale if per_channel else result.scale.T.contiguous(),
+            qzeros=result.zero if per_channel else result.zero.T.contiguous(),
+        )
+        return GPTQLinear.from_quantization_result(as_gptq, linear_module, **kwargs)
+
+    def finalize_quant_config_for_save(
+        self,
+        quant_config: dict,
+        quantized_layer_names: Sequence[str],
+        num_hidden_layers: int | None,
+    ) -> dict:
+        bits = LayerBits(wbits=self.wbits, groupsize=self.groupsize)
+        layers = dict.fromkeys(quantized_layer_names, bits)
+        return finalize_quant_config(quant_config, layers, num_hidden_layers)

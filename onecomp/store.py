@@ -1,0 +1,177 @@
+"""The run directory: what is being made, which blocks are finished, what happened.
+
+    RUN/
+      run.json                    identity and settings
+      calibration.safetensors     the calibration tokens
+      blocks/00017.safetensors    results of block 17; present means finished
+      checkpoint/                 the checkpoint as far as it is written
+      events.jsonl                one line per finished unit
+      report.html
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from onecomp.calibration.samples import CalibrationSamples
+from onecomp.errors import InputError
+from onecomp.export.checkpoint import write_json, write_shard
+from onecomp.quantizer.result import QuantizationResult
+
+SEPARATOR = "|"
+NARROW = {"int32": torch.uint8, "int64": torch.int32}
+"""Integer dtypes are stored narrower where every value fits."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's files; every method reads or writes them at once and keeps nothing."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the checkpoint is put together before it is moved to its place."""
+        return self.path / "checkpoint"
+
+    # Identity
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "run.json").is_file()
+
+    def begin(self, record: Mapping[str, object], samples: CalibrationSamples | None) -> None:
+        """Write what is being made."""
+        if samples is not None:
+            tokens = {"input_ids": samples.input_ids, "attention_mask": samples.attention_mask}
+            write_shard(self.path, "calibration.safetensors", tokens)
+        write_json(self.path / "run.json", record)
+
+    def record(self) -> dict:
+        """What is being made.
+
+        Raises:
+            InputError: No run was begun here.
+        """
+        if not self.exists:
+            raise InputError(self.path, "is not a run directory (it holds no run.json).")
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    def samples(self) -> CalibrationSamples | None:
+        """The calibration tokens; None for a run without."""
+        path = self.path / "calibration.safetensors"
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return CalibrationSamples(file.get_tensor("input_ids"), file.get_tensor("attention_mask"))
+
+    # Results
+
+    def block_path(self, block_index: int) -> Path:
+        """File of one block's results."""
+        return self.path / "blocks" / f"{block_index:05d}.safetensors"
+
+    def has_block(self, block_index: int) -> bool:
+        """Whether the block is finished."""
+        return self.block_path(block_index).is_file()
+
+    def write_block(self, block_index: int, results: Mapping[str, QuantizationResult]) -> None:
+        """Store a block's results; the file appears complete or not at all."""
+        tensors = {
+            f"{name}{SEPARATOR}{key}": tensor
+            for name, result in results.items()
+            for key, tensor in result.tensors().items()
+        }
+        header = {
+            name: {
+                "type": type(result).__name__,
+                "values": result.values(),
+                "dtypes": {key: str(t.dtype)[6:] for key, t in result.tensors().items()},
+            }
+            for name, result in results.items()
+        }
+        path = self.block_path(block_index)
+        stored = {name: _narrow(tensor) for name, tensor in tensors.items()}
+        write_shard(path.parent, path.name, stored, {"results": json.dumps(header)})
+
+    def read_block(self, block_index: int) -> dict[str, QuantizationResult]:
+        """A block's results by layer name, in the order in which they were written.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        path = self.block_path(block_index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["results"])
+                return {name: _restore(file, name, entry) for name, entry in header.items()}
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise InputError(
+                path, f"cannot be read ({error}). Delete it; resume makes the block again."
+            ) from error
+
+    def results(self) -> "StoredResults":
+        """All results, read when asked for."""
+        return StoredResults(self)
+
+    # Events
+
+    def append(self, event: str, **fields: object) -> None:
+        """Add one line to the journal."""
+        line = {"event": event, "time": round(time.time(), 3), **fields}
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class StoredResults(Mapping[str, QuantizationResult]):
+    """Results by layer name, read from the run directory one block at a time."""
+
+    def __init__(self, run: RunDirectory):
+        self._run = run
+        self._block_of = {
+            name: int(path.stem)
+            for path in sorted((run.path / "blocks").glob("*.safetensors"))
+            for name in _layer_names(path)
+        }
+        self._last: tuple[int, dict[str, QuantizationResult]] | None = None
+
+    def __getitem__(self, layer_name: str) -> QuantizationResult:
+        block_index = self._block_of[layer_name]
+        if self._last is None or self._last[0] != block_index:
+            self._last = block_index, self._run.read_block(block_index)
+        return self._last[1][layer_name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._block_of)
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+
+def _layer_names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(json.loads(file.metadata()["results"]))
+
+
+def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:
+    tensors = {
+        key: file.get_tensor(f"{name}{SEPARATOR}{key}").to(getattr(torch, dtype))
+        for key, dtype in entry["dtypes"].items()
+    }
+    return QuantizationResult.restore(entry["type"], tensors, entry["values"])
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    narrow = NARROW.get(str(tensor.dtype)[6:])
+    if narrow is None or not tensor.numel():
+        return tensor
+    limits = torch.iinfo(narrow)
+    fits = limits.min <= tensor.min().item() and tensor.max().item() <= limits.max
+    return tensor.to(narrow) if fits else tensor

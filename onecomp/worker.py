@@ -1,0 +1,284 @@
+"""The plain class behind every worker: it holds calibration shards and quantizes input groups."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from onecomp.calibration.shards import CalibrationShard
+from onecomp.export.save import CheckpointWriter
+from onecomp.jobs import GroupReceipt, quantize_group
+from onecomp.models.calls import BlockCall, CallInterner, fill_on_demand, record_calls
+from onecomp.models.layout import BlockLayout, InputGroup, ModelLayout
+from onecomp.models.skeleton import Skeleton
+from onecomp.models.source import ModelSource
+from onecomp.models.suspended import StoppingBlock, SuspendedForward
+from onecomp.qep.config import QEPConfig
+from onecomp.quantizer.base import Quantizer
+from onecomp.quantizer.result import QuantizationResult
+from onecomp.statistics import Contribution, ShardSums, merge_held, total
+from onecomp.store import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Everything a worker has to know; the same for all workers of a run."""
+
+    source: ModelSource
+    dtype: torch.dtype
+    device: str
+    """``auto`` for CUDA where the worker sees one, else the CPU."""
+    layout: ModelLayout
+    quantizer: Quantizer
+    qep: QEPConfig | None
+    """Propagate errors: calibrate on the inputs that the quantized layers produce."""
+    num_shards: int
+    run: RunDirectory
+    writer: CheckpointWriter | None
+    """Where finished blocks go in the checkpoint's format; None for results only."""
+
+
+@dataclass
+class _MicroBatch:
+    """Samples on their way through the model."""
+
+    calls: list[BlockCall]
+    hidden: Tensor
+    """Full-precision stream, in front of the block that comes next."""
+    quantized: Tensor | None
+    """The same in the model quantized so far; None where errors are not propagated."""
+    valid: Tensor | None
+    """Which rows are tokens and not padding; None when all are."""
+    original_pass: SuspendedForward | None = None
+    quantized_pass: SuspendedForward | None = None
+
+    def rows(self, inputs: Tensor) -> Tensor:
+        """Inputs as rows, padding left out."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return rows if self.valid is None else rows[self.valid]
+
+
+@dataclass
+class _OpenBlock:
+    """The block that is being worked on: its original and, with propagation, its quantized copy."""
+
+    layout: BlockLayout
+    original: StoppingBlock
+    quantized: StoppingBlock | None
+
+
+@dataclass
+class _Shard:
+    index: int
+    micro_batches: list[_MicroBatch] = field(default_factory=list)
+
+
+class Worker:
+    """Carries its calibration shards through the model and quantizes the groups it owns.
+
+    Nothing here knows where it runs. Per block the driver calls ``begin_block``, then
+    ``observe``, ``quantize`` and ``apply`` for groups of layers, then ``finish_block``.
+    """
+
+    def __init__(self, number: int, settings: WorkerSettings):
+        self.number, self.settings = number, settings
+        use_cuda = settings.device == "auto" and torch.cuda.is_available()
+        self.device = torch.device("cuda" if use_cuda else settings.device.replace("auto", "cpu"))
+        self.skeleton = Skeleton.build(settings.source, settings.dtype)
+        self._shards: list[_Shard] = []
+        self._block: _OpenBlock | None = None
+        self._reader = ThreadPoolExecutor(1, "read-next-block")
+        self._next: tuple[int, Future[nn.Module]] | None = None
+
+    # Shards
+
+    def hold(self, *shards: CalibrationShard) -> int:
+        """Take calibration shards and run them through everything in front of the blocks.
+
+        Returns:
+            Number of tokens taken, padding not counted.
+        """
+        skeleton = Skeleton.build(self.settings.source, self.settings.dtype)
+        fill_on_demand(skeleton, self.device)
+        interner = CallInterner()
+        for shard in shards:
+            batches = [self._embed(skeleton, interner, *b) for b in shard.micro_batches()]
+            self._shards.append(_Shard(shard.index, batches))
+        return sum(int(shard.attention_mask.sum()) for shard in shards)
+
+    def _embed(
+        self, skeleton: Skeleton, interner: CallInterner, input_ids: Tensor, mask: Tensor
+    ) -> _MicroBatch:
+        is_padded = not bool(mask.all())
+        hidden, calls = record_calls(
+            skeleton,
+            input_ids.to(self.device),
+            mask.to(self.device) if is_padded else None,
+            returns_tuple=self.settings.layout.blocks_return_tuples,
+        )
+        return _MicroBatch(
+            calls=[interner.intern(call) for call in calls[: len(self.settings.layout.blocks)]],
+            hidden=hidden,
+            quantized=None if self.settings.qep is None else hidden,
+            valid=mask.reshape(-1).bool().to(self.device) if is_padded else None,
+        )
+
+    # One block
+
+    def begin_block(self, block_index: int) -> None:
+        """Load a block and start every micro-batch's pass through it."""
+        layout = self.settings.layout.blocks[block_index]
+        groups = [layout.short_names(group) for group in layout.groups]
+        original = StoppingBlock(self._load_block(block_index), groups)
+        quantized = None
+        if self.settings.qep is not None:
+            quantized = StoppingBlock(self.skeleton.load_block(block_index, self.device), groups)
+        self._block = _OpenBlock(layout, original, quantized)
+        for batch in self._micro_batches():
+            call = batch.calls[block_index]
+            batch.original_pass = SuspendedForward(original, call, batch.hidden)
+            if quantized is not None:
+                batch.quantized_pass = SuspendedForward(quantized, call, batch.quantized)
+
+    def _load_block(self, block_index: int) -> nn.Module:
+        """The block, read ahead if it was; the next one is then read while this one is used."""
+        if self._next is not None and self._next[0] == block_index:
+            block = self._next[1].result()
+        else:
+            block = self.skeleton.load_block(block_index, self.device)
+        following = block_index + 1
+        self._next = None
+        if following < len(self.settings.layout.blocks):
+            future = self._reader.submit(self.skeleton.load_block, following, self.device)
+            self._next = following, future
+        return block
+
+    def _micro_batches(self) -> list[_MicroBatch]:
+        return [batch for shard in self._shards for batch in shard.micro_batches]
+
+    def observe(self, group_indices: Sequence[int]) -> list[list[Contribution]]:
+        """Carry every pass to the given groups and sum up their inputs.
+
+        Returns:
+            For each group, this worker's nodes of the summation tree.
+        """
+        leaves: list[list[Contribution]] = [[] for _ in group_indices]
+        for shard in self._shards:
+            sums = [ShardSums(shard.index) for _ in group_indices]
+            for batch in shard.micro_batches:
+                for group_index, group_sums in zip(group_indices, sums, strict=True):
+                    self._observe(batch, group_index, group_sums)
+                if self.settings.qep is None:
+                    self._finish_pass(batch)
+            for group_leaves, group_sums in zip(leaves, sums, strict=True):
+                if (leaf := group_sums.contribution()) is not None:
+                    group_leaves.append(leaf)
+        return [merge_held(group_leaves, self.settings.num_shards) for group_leaves in leaves]
+
+    def _observe(self, batch: _MicroBatch, group_index: int, sums: ShardSums) -> None:
+        current = batch.original_pass if batch.quantized_pass is None else batch.quantized_pass
+        inputs = current.run_to(group_index)
+        if inputs is None:
+            return
+        original = None
+        if self._is_corrected(self._block.layout.groups[group_index]):
+            original = batch.rows(batch.original_pass.run_to(group_index))
+        sums.add(batch.rows(inputs), original)
+
+    def _is_corrected(self, group: InputGroup) -> bool:
+        qep = self.settings.qep
+        return qep is not None and any(qep.corrects(name) for name in group.layer_names)
+
+    def apply(self, group_index: int, results: Mapping[str, QuantizationResult]) -> None:
+        """Give the quantized copy of the block the weights of a quantized group."""
+        group = self._block.layout.groups[group_index]
+        if self._block.quantized is None:
+            return
+        for short, name in zip(self._block.layout.short_names(group), group.layer_names, strict=True):
+            weight = results[name].dequantize(self.device).to(self.settings.dtype)
+            layer = self._block.quantized.module.get_submodule(short)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def finish_block(self) -> None:
+        """Carry every pass to the end of the block; nothing follows the last one."""
+        for batch in self._micro_batches():
+            self._finish_pass(batch)
+        self._block = None
+
+    def _finish_pass(self, batch: _MicroBatch) -> None:
+        is_last = self._block.layout.index == len(self.settings.layout.blocks) - 1
+        if batch.original_pass is not None and not is_last:
+            batch.hidden = batch.original_pass.finish()
+            if batch.quantized_pass is not None:
+                batch.quantized = batch.quantized_pass.finish()
+        batch.original_pass = batch.quantized_pass = None
+
+    def replay_block(self, block_index: int) -> None:
+        """Carry the shards through a block that is finished already."""
+        self.begin_block(block_index)
+        results = self.settings.run.read_block(block_index)
+        for group in self._block.layout.groups:
+            self.apply(group.index, results)
+        self.finish_block()
+
+    # Groups
+
+    def quantize(
+        self, group: InputGroup, *contributions: Sequence[Contribution]
+    ) -> tuple[dict[str, QuantizationResult], GroupReceipt]:
+        """Quantize a group from all workers' contributions to its sums."""
+        started = time.monotonic()
+        settings = self.settings
+        nodes = [node for part in contributions for node in part]
+        statistics = total(nodes, settings.num_shards)
+        results, fallbacks = quantize_group(
+            settings.quantizer, self._weights(group), statistics, settings.qep
+        )
+        receipt = GroupReceipt(
+            layers={name: _numbers(result) for name, result in results.items()},
+            fallbacks=fallbacks,
+            num_tokens=0 if statistics is None else statistics.num_tokens,
+            seconds=time.monotonic() - started,
+            worker=self.number,
+            received_bytes=sum(node.content.num_bytes for node in nodes),
+        )
+        return results, receipt
+
+    def _weights(self, group: InputGroup) -> dict[str, Tensor]:
+        stored = {n: self.skeleton.tensor_name(f"{n}.weight") for n in group.layer_names}
+        tensors = self.settings.source.read(stored.values(), dtype=self.settings.dtype)
+        return {name: tensors[key].to(self.device).float() for name, key in stored.items()}
+
+    # Finished blocks
+
+    def store(self, block_index: int, *results: Mapping[str, QuantizationResult]) -> None:
+        """Write a block's part of the checkpoint, then its results: the mark that it is finished."""
+        merged = {name: result for part in results for name, result in part.items()}
+        self.export(block_index, merged)
+        self.settings.run.write_block(block_index, merged)
+
+    def export(
+        self, block_index: int, results: Mapping[str, QuantizationResult] | None = None
+    ) -> None:
+        """Write a block's part of the checkpoint, from ``results`` or from the run directory."""
+        run, writer = self.settings.run, self.settings.writer
+        if writer is None:
+            return
+        if results is None:
+            results = run.read_block(block_index) if run.has_block(block_index) else {}
+        writer.write_block(self.skeleton, block_index, results)
+
+    def export_outer(self) -> None:
+        """Write the part of the checkpoint that lies outside the blocks."""
+        if self.settings.writer is not None:
+            self.settings.writer.write_outer(self.skeleton)
+
+
+def _numbers(result: QuantizationResult) -> dict[str, float | None]:
+    return {name: value for name, value in result.get_statistics().items() if value is not None}
