@@ -66,25 +66,31 @@ class LocalExecutor(Executor):
         self._worker: object = None
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
+        """Make the worker."""
         self._worker = make_worker(0, *arguments)
 
     def submit(
         self, worker: int, method: str, *arguments: object, num_returns: int = 1
     ) -> list[Ref]:
+        """Call the method now; its values are their own Refs."""
         value = getattr(self._worker, method)(*arguments)
         return [value] if num_returns == 1 else list(value)
 
     def fetch(self, refs: Sequence[Ref]) -> list:
+        """The values."""
         return list(refs)
 
     def stop(self) -> None:
+        """Drop the worker."""
         self._worker = None
 
     @property
     def driver_bytes(self) -> int:
+        """Always 0: nothing is sent."""
         return 0
 
     def describe(self) -> str:
+        """``this process``."""
         return "this process"
 
 
@@ -109,7 +115,10 @@ def default_executor(
     if num_workers == 0 and address is not None:
         raise ConfigError(
             "executor",
-            [f"num_workers=0 means this process, but address={address!r} names a cluster. Drop one."],
+            [
+                f"num_workers=0 means this process, but address={address!r} names a cluster. "
+                "Drop one."
+            ],
         )
     if num_workers == 0:
         return LocalExecutor()

@@ -61,7 +61,7 @@ def quantize_group(
         try:
             weights = _corrected(weights, statistics, factors, qep)
             started = time.monotonic()
-            results = quantizer.quantize_weights(weights, factors)
+            results = dict(quantizer.quantize_weights(weights, factors))
         except QuantizationError as error:
             raise LayerError(first, str(error)) from error
         _fill(results, weights, statistics, quantizer, time.monotonic() - started)
@@ -92,7 +92,9 @@ def _corrected(
         return weights
     factor = factors.at(qep.percdamp)
     return {
-        name: corrected_weight(weight, delta, factor, qep.perccorr) if qep.corrects(name) else weight
+        name: corrected_weight(weight, delta, factor, qep.perccorr)
+        if qep.corrects(name)
+        else weight
         for name, weight in weights.items()
     }
 

@@ -5,6 +5,7 @@ model feeds it; ``ErrorPropagation`` on what the layers quantized so far produce
 serves methods that need no calibration.
 """
 
+import itertools
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from onecomp.calibration.shards import CalibrationShard
 from onecomp.executor import Executor, Ref
 from onecomp.jobs import GroupReceipt
-from onecomp.models.layout import BlockLayout, InputGroup
+from onecomp.models.layout import BlockLayout, InputGroup, ModelLayout
 from onecomp.plan import assign_owners, assign_shards
 from onecomp.progress import Progress
 from onecomp.worker import Worker, WorkerSettings
@@ -35,10 +36,11 @@ def quantize_model(
     """
     crew = Crew(executor, settings, shards)
     strategy = choose_strategy(settings)
+    crew.export_outside(settings.layout)
     in_flight: list[BlockInFlight] = []
     for block in settings.layout.blocks:
         if settings.run.has_block(block.index):
-            crew.everywhere("replay_block", block.index)
+            crew.replay(block)
             continue
         in_flight.append(crew.finish(strategy.quantize_block(block, crew)))
         if len(in_flight) > strategy.blocks_in_flight:
@@ -69,6 +71,7 @@ class Crew:
     ):
         self.executor, self.run = executor, settings.run
         self._pending: list[Ref] = []
+        self._turn = itertools.cycle(range(executor.num_workers))
         executor.start(Worker, settings)
         holders = assign_shards(len(shards), executor.num_workers)
         self._with_shards = [n for n, held in enumerate(holders) if len(held)]
@@ -82,14 +85,39 @@ class Crew:
         for number in self._with_shards:
             self._pending += self.executor.submit(number, method, *arguments)
 
+    def export_outside(self, layout: ModelLayout) -> None:
+        """Have everything written that no quantized layer belongs to."""
+        self._anyone("export_outer")
+        for index in range(len(layout.blocks), layout.num_blocks):
+            self._anyone("export", index)
+
+    def replay(self, block: BlockLayout) -> None:
+        """Carry all shards through a block that an earlier run finished."""
+        self.everywhere("replay_block", block.index)
+        self._anyone("export", block.index)
+
+    def _anyone(self, method: str, *arguments: object) -> None:
+        number = next(self._turn)
+        self._pending += self.executor.submit(number, method, *arguments)
+
     def observe(self, groups: Sequence[InputGroup]) -> list[list[Ref]]:
-        """For each group, every worker's contributions to its sums."""
+        """For each group, every worker's contributions to its sums, from one pass."""
+        if len(groups) == 1:
+            return [self.observe_group(groups[0])]
         indices = [group.index for group in groups]
         by_worker = [
             self.executor.submit(number, "observe", indices, num_returns=len(indices))
             for number in self._with_shards
         ]
-        return [list(refs) for refs in zip(*by_worker, strict=True)] or [[] for _ in groups]
+        return [list(refs) for refs in zip(*by_worker, strict=True)]
+
+    def observe_group(self, group: InputGroup) -> list[Ref]:
+        """Every worker's contributions to the sums of one group."""
+        return [
+            ref
+            for number in self._with_shards
+            for ref in self.executor.submit(number, "observe_group", group.index)
+        ]
 
     def quantize(
         self, block: BlockInFlight, groups: Sequence[InputGroup], contributions: Sequence[list[Ref]]
@@ -109,8 +137,8 @@ class Crew:
 
     def finish(self, block: BlockInFlight) -> BlockInFlight:
         """Have the block written, by the workers in turn."""
-        writer = block.block.index % self.executor.num_workers
-        block.stored = self.executor.submit(writer, "store", block.block.index, *block.results)
+        number = next(self._turn)
+        block.stored = self.executor.submit(number, "store", block.block.index, *block.results)
         return block
 
     def collect(self, block: BlockInFlight, progress: Progress) -> None:
@@ -190,7 +218,7 @@ class ErrorPropagation(Strategy):
         work = BlockInFlight(block)
         crew.everywhere("begin_block", block.index)
         for group in block.groups:
-            [results] = crew.quantize(work, [group], crew.observe([group]))
+            [results] = crew.quantize(work, [group], [crew.observe_group(group)])
             crew.everywhere("apply", group.index, results)
         crew.everywhere("finish_block")
         return work

@@ -1,6 +1,7 @@
 """Which worker does what: pure functions of shapes."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from onecomp.models.layout import InputGroup
 
@@ -12,7 +13,7 @@ def assign_shards(num_shards: int, num_workers: int) -> list[range]:
     [range(0, 2), range(2, 5)]
     """
     edges = [num_shards * i // num_workers for i in range(num_workers + 1)]
-    return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 def quantization_cost(group: InputGroup) -> float:

@@ -52,6 +52,7 @@ class Progress:
         reused: Blocks that an earlier run finished. They count as done, but not for the pace.
         stream: Where the bar goes if it is a terminal; None means standard error.
         clock: Seconds that only grow.
+        silent: Report at DEBUG only.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Progress:
         stream: TextStream | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        silent: bool = False,
     ) -> None:
         self.total, self.reused, self.done = total, reused, reused
         self._clock, self._started_s = clock, clock()
-        self._bar = _make_bar(sys.stderr if stream is None else stream)
+        self._bar = _make_bar(sys.stderr if stream is None else stream, silent)
+        self._level = logging.INFO if self._bar.disable and not silent else logging.DEBUG
         self._row = self._bar.add_task(
             "blocks", total=total, completed=reused, error=_error_text(None), eta="-"
         )
@@ -89,7 +92,7 @@ class Progress:
             quantize_s=quantize_s,
             eta_s=self._eta_s(),
         )
-        logger.log(logging.INFO if self._bar.disable else logging.DEBUG, "%s", progress)
+        logger.log(self._level, "%s", progress)
         self._bar.update(
             self._row,
             completed=self.done,
@@ -103,7 +106,7 @@ class Progress:
         return elapsed_s / (self.done - self.reused) * (self.total - self.done)
 
 
-def _make_bar(stream: TextStream) -> RichProgress:
+def _make_bar(stream: TextStream, silent: bool) -> RichProgress:
     return RichProgress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -112,7 +115,7 @@ def _make_bar(stream: TextStream) -> RichProgress:
         TextColumn("eta {task.fields[eta]}"),
         console=Console(file=cast(IO[str], stream)),
         transient=True,
-        disable=not stream.isatty(),
+        disable=silent or not stream.isatty(),
     )
 
 

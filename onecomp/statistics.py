@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.errors import LayerError
-from onecomp.linalg import from_strips, gram_strips
+from onecomp.linalg import from_strips, gram_strips, tall_product
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class GroupStatistics:
         rows = rows.reshape(-1, rows.shape[-1]).float()
         cross = None
         if original_rows is not None:
-            cross = (original_rows.reshape(-1, rows.shape[-1]).float() - rows).T @ rows
+            original_rows = original_rows.reshape(-1, rows.shape[-1]).float()
+            cross = tall_product(original_rows - rows, rows)
         return cls(len(rows), gram_strips(rows), cross)
 
     def __add__(self, other: "GroupStatistics") -> "GroupStatistics":
@@ -66,8 +67,9 @@ class GroupStatistics:
         if bad or (self.cross is not None and not torch.isfinite(self.cross.sum())):
             raise LayerError(
                 layer_name,
-                f"its calibration inputs hold NaN or infinite values ({bad} of {len(diagonal)} columns). "
-                "Compute in a wider dtype (--dtype bfloat16 or float32), or check the model's weights.",
+                f"its calibration inputs hold NaN or infinite values ({bad} of {len(diagonal)} "
+                "columns). Compute in a wider dtype (--dtype bfloat16 or float32), or check the "
+                "model's weights.",
             )
 
     @property
@@ -134,7 +136,9 @@ class ShardSums:
         content: GroupStatistics | FewRows | None = self._sums
         if content is None and self._rows:
             rows, originals = zip(*self._rows, strict=True)
-            content = FewRows(torch.cat(rows), None if originals[0] is None else torch.cat(originals))
+            content = FewRows(
+                torch.cat(rows), None if originals[0] is None else torch.cat(originals)
+            )
         return None if content is None else Contribution(self.shard, self.shard + 1, content)
 
 

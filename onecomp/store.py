@@ -1,17 +1,19 @@
 """The run directory: what is being made, which blocks are finished, what happened.
 
-    RUN/
-      run.json                    identity and settings
-      calibration.safetensors     the calibration tokens
-      blocks/00017.safetensors    results of block 17; present means finished
-      checkpoint/                 the checkpoint as far as it is written
-      events.jsonl                one line per finished unit
-      report.html
+RUN/
+  run.json                    identity and settings
+  calibration.safetensors     the calibration tokens
+  blocks/00017.safetensors    results of block 17; present means finished
+  checkpoint/                 the checkpoint as far as it is written
+  events.jsonl                one line per finished unit
+  report.html
 """
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +49,16 @@ class RunDirectory:
         """Whether a run was begun here."""
         return (self.path / "run.json").is_file()
 
+    def clear(self) -> None:
+        """Remove what an earlier run left here; other files stay."""
+        for name in ("blocks", "checkpoint"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in ("run.json", "events.jsonl", "report.html", "calibration.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
+
     def begin(self, record: Mapping[str, object], samples: CalibrationSamples | None) -> None:
         """Write what is being made."""
+        self.path.mkdir(parents=True, exist_ok=True)
         if samples is not None:
             tokens = {"input_ids": samples.input_ids, "attention_mask": samples.attention_mask}
             write_shard(self.path, "calibration.safetensors", tokens)
@@ -70,7 +80,9 @@ class RunDirectory:
         if not path.is_file():
             return None
         with safe_open(path, framework="pt") as file:
-            return CalibrationSamples(file.get_tensor("input_ids"), file.get_tensor("attention_mask"))
+            return CalibrationSamples(
+                file.get_tensor("input_ids"), file.get_tensor("attention_mask")
+            )
 
     # Results
 
@@ -107,18 +119,15 @@ class RunDirectory:
         Raises:
             InputError: The file is damaged.
         """
-        path = self.block_path(block_index)
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["results"])
-                return {name: _restore(file, name, entry) for name, entry in header.items()}
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise InputError(
-                path, f"cannot be read ({error}). Delete it; resume makes the block again."
-            ) from error
+        with _opened(self.block_path(block_index)) as (file, header):
+            return {name: _restore(file, name, entry) for name, entry in header.items()}
 
     def results(self) -> "StoredResults":
-        """All results, read when asked for."""
+        """All results, read when asked for.
+
+        Raises:
+            InputError: A file is damaged.
+        """
         return StoredResults(self)
 
     # Events
@@ -155,9 +164,21 @@ class StoredResults(Mapping[str, QuantizationResult]):
         return len(self._block_of)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, dict]]]:
+    """A block's file and what its header says of every layer."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file, json.loads((file.metadata() or {})["results"])
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(
+            path, f"cannot be read ({error}). Delete it; resume makes the block again."
+        ) from error
+
+
 def _layer_names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(json.loads(file.metadata()["results"]))
+    with _opened(path) as (_, header):
+        return list(header)
 
 
 def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:

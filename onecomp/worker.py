@@ -181,6 +181,10 @@ class Worker:
                     group_leaves.append(leaf)
         return [merge_held(group_leaves, self.settings.num_shards) for group_leaves in leaves]
 
+    def observe_group(self, group_index: int) -> list[Contribution]:
+        """``observe`` for a single group: this worker's nodes of its summation tree."""
+        return self.observe([group_index])[0]
+
     def _observe(self, batch: _MicroBatch, group_index: int, sums: ShardSums) -> None:
         current = batch.original_pass if batch.quantized_pass is None else batch.quantized_pass
         inputs = current.run_to(group_index)
@@ -266,18 +270,20 @@ class Worker:
     def export(
         self, block_index: int, results: Mapping[str, QuantizationResult] | None = None
     ) -> None:
-        """Write a block's part of the checkpoint, from ``results`` or from the run directory."""
+        """Write a block's part of the checkpoint; without ``results``, from the run directory and
+        only if an earlier run did not."""
         run, writer = self.settings.run, self.settings.writer
-        if writer is None:
+        if writer is None or (results is None and writer.has_block(self.skeleton, block_index)):
             return
         if results is None:
             results = run.read_block(block_index) if run.has_block(block_index) else {}
         writer.write_block(self.skeleton, block_index, results)
 
     def export_outer(self) -> None:
-        """Write the part of the checkpoint that lies outside the blocks."""
-        if self.settings.writer is not None:
-            self.settings.writer.write_outer(self.skeleton)
+        """Write the part of the checkpoint that lies outside the blocks, if it is not there."""
+        writer = self.settings.writer
+        if writer is not None and not writer.has_outer(self.skeleton):
+            writer.write_outer(self.skeleton)
 
 
 def _numbers(result: QuantizationResult) -> dict[str, float | None]:

@@ -1,6 +1,7 @@
 """Calibration shards: fixed, numbered slices of the samples, the unit of parallel work."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jaxtyping import Int64
 from torch import Tensor
@@ -55,5 +56,5 @@ def cut_shards(
             samples.attention_mask[first:last],
             max(1, MICRO_BATCH_TOKENS // length),
         )
-        for index, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True))
+        for index, (first, last) in enumerate(pairwise(edges))
     ]

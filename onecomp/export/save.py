@@ -32,6 +32,15 @@ class CheckpointWriter:
     """Store dequantized weights in the model's dtype instead of codes."""
     pack_weights: bool = True
 
+    def has_outer(self, skeleton: Skeleton) -> bool:
+        """Whether the part outside the blocks is written."""
+        return (self.directory / self.shard_name(0, len(skeleton.blocks))).is_file()
+
+    def has_block(self, skeleton: Skeleton, block_index: int) -> bool:
+        """Whether a block's part is written."""
+        name = self.shard_name(block_index + 1, len(skeleton.blocks))
+        return (self.directory / name).is_file()
+
     def shard_name(self, number: int, num_blocks: int) -> str:
         """File name; 0 is the part outside the blocks, block ``i`` has number ``i + 1``."""
         return f"model-{number + 1:05d}-of-{num_blocks + 1:05d}.safetensors"

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face decoder block by block: where its weights lie, what it is made of, how it is called."""
+"""Reading a Hugging Face decoder block by block: its weights, its parts, and how it is called."""
 
 from onecomp.models.calls import BlockCall as BlockCall
 from onecomp.models.calls import record_calls as record_calls

@@ -1,8 +1,9 @@
-"""With what arguments each block is called: recorded by running the model with its blocks replaced."""
+"""How each block is called: recorded by running the model with its blocks replaced."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -35,14 +36,15 @@ class LastBlockReachedError(Exception):
 class _Recorder(nn.Module):
     """Stands in for a block: notes its call and hands the hidden states on."""
 
+    hidden: Tensor
+
     def __init__(self, block: nn.Module, returns_tuple: bool, is_last: bool):
         super().__init__()
         self.attributes = {k: v for k, v in vars(block).items() if not k.startswith("_")}
         self.returns_tuple, self.is_last = returns_tuple, is_last
-        self.hidden: Tensor | None = None
         self.call = BlockCall()
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("attributes", {})
         return attributes[name] if name in attributes else super().__getattr__(name)
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +137,11 @@ def _find_groups(
         if (name := f"{block_name}.{short}") in targets
     ]
     hidden = torch.empty(
-        1, PROBE_TOKENS, skeleton.model.get_input_embeddings().embedding_dim, device="meta", dtype=skeleton.dtype
+        1,
+        PROBE_TOKENS,
+        skeleton.model.get_input_embeddings().embedding_dim,
+        device="meta",
+        dtype=skeleton.dtype,
     )
     try:
         with torch.inference_mode():
@@ -151,5 +156,5 @@ def _find_groups(
 
 
 def _features(model: nn.Module, names: list[str]) -> tuple[int, tuple[int, ...]]:
-    layers = [model.get_submodule(name) for name in names]
+    layers: list[Any] = [model.get_submodule(name) for name in names]
     return layers[0].in_features, tuple(layer.out_features for layer in layers)

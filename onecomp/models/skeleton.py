@@ -88,8 +88,8 @@ def find_blocks(model: nn.Module, source: ModelSource) -> str:
     if not candidates:
         raise InputError(
             source.directory,
-            f"the architecture {type(model).__name__} has no list of blocks with linear layers, so it "
-            "cannot be quantized block by block. Decoder-only transformers are supported.",
+            f"the architecture {type(model).__name__} has no list of blocks with linear layers, "
+            "so it cannot be quantized block by block. Decoder-only transformers are supported.",
         )
     return max(text or candidates, key=(text or candidates).__getitem__)
 
@@ -118,7 +118,7 @@ def fill(module: nn.Module, name: str, skeleton: Skeleton, device: torch.device)
     tensors |= skeleton.source.read(persistent.values())
     state = {key: tensors[stored].to(device) for key, stored in (wanted | persistent).items()}
     module.load_state_dict(state, assign=True, strict=False)
-    module.requires_grad_(False)
+    module.requires_grad_(requires_grad=False)
     for child in module.modules():
         for key, buffer in child.named_buffers(recurse=False):
-            child.register_buffer(key, buffer.to(device), key not in child._non_persistent_buffers_set)
+            child._buffers[key] = buffer.to(device)

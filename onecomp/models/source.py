@@ -60,14 +60,15 @@ class ModelSource:
             config = AutoConfig.from_pretrained(
                 self.directory, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, json.JSONDecodeError) as error:
+        except (ValueError, KeyError, OSError) as error:
             raise InputError(
                 self.directory / "config.json", f"cannot be read as a model configuration: {error}"
             ) from error
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(
                 self.directory,
-                "is already quantized (config.json has quantization_config). Give the original model.",
+                "is already quantized (config.json has quantization_config). "
+                "Give the original model.",
             )
         return config
 
@@ -95,7 +96,9 @@ class ModelSource:
             )
         for path in files:
             if not path.is_file():
-                raise InputError(path, f"is listed in {INDEX_NAME} but missing. Download the model again.")
+                raise InputError(
+                    path, f"is listed in {INDEX_NAME} but missing. Download the model again."
+                )
         return files
 
     def read(self, names: Iterable[str], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -175,10 +178,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _hash_slices(path: Path, digest: "hashlib._Hash") -> None:
     size = path.stat().st_size
-    header_bytes = int.from_bytes(path.open("rb").read(8), "little")
     with path.open("rb") as file:
-        digest.update(file.read(8 + header_bytes))
-        step = max(1, (size - SLICE_BYTES) // HASHED_SLICES)
+        header_bytes = int.from_bytes(file.read(8), "little")
+        digest.update(file.read(header_bytes))
+        step = max(SLICE_BYTES, (size - SLICE_BYTES) // HASHED_SLICES)
         for offset in range(8 + header_bytes, size, step):
             file.seek(offset)
-            digest.update(file.read(min(SLICE_BYTES, step)))
+            digest.update(file.read(SLICE_BYTES))

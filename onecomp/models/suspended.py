@@ -24,7 +24,9 @@ class SuspendedForward:
         hidden: Hidden states in front of the block.
     """
 
-    def __init__(self, block: "StoppingBlock", call: BlockCall, hidden: Float[Tensor, "*batch hidden"]):
+    def __init__(
+        self, block: "StoppingBlock", call: BlockCall, hidden: Float[Tensor, "*batch hidden"]
+    ):
         self._passing = greenlet(self._run)
         self._block, self._call, self._hidden = block, call, hidden
         self._visited: set[int] = set()
@@ -59,7 +61,7 @@ class SuspendedForward:
         self._hidden = None
 
     def reached(self, group_index: int, tensor: Tensor) -> None:
-        """Called by the block's hooks: hand the group's input out and wait for the next ``_resume``."""
+        """Hand the group's input out and wait for the next ``_resume``; called by hooks."""
         if group_index not in self._visited:
             self._visited.add(group_index)
             self._passing.parent.switch((group_index, tensor))

@@ -40,4 +40,6 @@ class QEPConfig:
 
     def corrects(self, layer_name: str) -> bool:
         """Whether the layer's weight is corrected."""
-        return self.perccorr > 0 and not any(k in layer_name for k in self.exclude_layer_keywords or ())
+        return self.perccorr > 0 and not any(
+            k in layer_name for k in self.exclude_layer_keywords or ()
+        )

@@ -14,7 +14,7 @@ from onecomp.errors import ConfigError
 from onecomp.linalg import one_thread
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer import result_files
-from onecomp.quantizer.errors_of import fill_weight_errors, fill_output_errors
+from onecomp.quantizer.errors_of import fill_output_errors, fill_weight_errors
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.quant_linear import QuantLinear
 from onecomp.quantizer.result import QuantizationResult
@@ -101,7 +101,7 @@ class Quantizer(ABC):
         return dict(list(found.items())[: self.num_layers])
 
     def setup(self, model: nn.Module) -> None:
-        """Note the target layers of a live model in ``module_to_name``, for the hook ``quantize``."""
+        """Note a live model's target layers in ``module_to_name``, for the hook ``quantize``."""
         self.validate_params()
         self.module_to_name = {m: name for name, m in self.select_layers(model).items()}
 
@@ -113,7 +113,10 @@ class Quantizer(ABC):
 
     @abstractmethod
     def quantize_layer(
-        self, module: nn.Module, input: Sequence[Tensor] | Tensor | None = None, hessian: Tensor | None = None
+        self,
+        module: nn.Module,
+        input: Sequence[Tensor] | Tensor | None = None,  # noqa: A002 - documented name
+        hessian: Tensor | None = None,
     ) -> Tensor | QuantizationResult:
         """Quantize one layer; its weight is not changed.
 
@@ -127,9 +130,12 @@ class Quantizer(ABC):
         """
 
     def quantize(
-        self, module: nn.Module, input: Sequence[Tensor] | Tensor, output: Tensor | None = None
+        self,
+        module: nn.Module,
+        input: Sequence[Tensor] | Tensor,  # noqa: A002 - documented name
+        output: Tensor | None = None,
     ) -> None:
-        """Quantize a layer from within a forward pass (``register_forward_hook``); fills ``results``."""
+        """Quantize a layer within a forward pass (a forward hook); fills ``results``."""
         started = time.monotonic()
         statistics = self._observe(input) if self.flag_hessian or self.calc_quant_error else None
         hessian = statistics.hessian().to(self.hessian_dtype) if self.flag_hessian else None
@@ -148,7 +154,7 @@ class Quantizer(ABC):
         hessian: Tensor | None = None,
         delta_hatX: Tensor | None = None,
     ) -> None:
-        """Correct the layer's weight for the error of its input, then quantize it; fills ``results``.
+        """Correct the weight for the error of the layer's input, then quantize; fills ``results``.
 
         Quantization error propagation (Arai and Ichikawa, 2025, arXiv:2504.09629), see
         ``onecomp.qep``. The corrected weight is written to ``module.weight``. Without
@@ -178,11 +184,15 @@ class Quantizer(ABC):
         result.quantization_time = time.monotonic() - started
         self._keep(module, module.weight.data, result, statistics)
 
-    def _observe(self, input: Sequence[Tensor] | Tensor) -> GroupStatistics:
-        return GroupStatistics.of(input if isinstance(input, Tensor) else input[0], None)
+    def _observe(self, inputs: Sequence[Tensor] | Tensor) -> GroupStatistics:
+        return GroupStatistics.of(inputs if isinstance(inputs, Tensor) else inputs[0], None)
 
     def _keep(
-        self, module: nn.Module, weight: Tensor, result: QuantizationResult, statistics: GroupStatistics | None
+        self,
+        module: nn.Module,
+        weight: Tensor,
+        result: QuantizationResult,
+        statistics: GroupStatistics | None,
     ) -> None:
         if self.calc_quant_error:
             fill_weight_errors(result, weight)
@@ -198,7 +208,7 @@ class Quantizer(ABC):
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
-    ) -> dict[str, QuantizationResult]:
+    ) -> Mapping[str, QuantizationResult]:
         """Quantize layers that share an input; methods override it to share work between them.
 
         Args:
@@ -267,7 +277,10 @@ class Quantizer(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no inference layer of its own.")
 
     def finalize_quant_config_for_save(
-        self, quant_config: dict, quantized_layer_names: Sequence[str], num_hidden_layers: int | None
+        self,
+        quant_config: dict,
+        quantized_layer_names: Sequence[str],
+        num_hidden_layers: int | None,
     ) -> dict:
         """Complete ``get_quant_config`` with what is known once the layers are."""
         return quant_config

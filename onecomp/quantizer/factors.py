@@ -46,6 +46,7 @@ class HessianFactors:
         return self._known[percdamp]
 
     def _climb(self, percdamp: float) -> HessianFactor:
+        reason = ""
         for more, dtype in LADDER:
             try:
                 factor = HessianFactor.of(

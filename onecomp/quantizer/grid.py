@@ -37,12 +37,16 @@ class Grid:
         """Largest code."""
         return 2**self.wbits - 1
 
-    def encode(self, columns: Float[Tensor, "columns out"], group: int) -> Float[Tensor, "columns out"]:
+    def encode(
+        self, columns: Float[Tensor, "*columns out"], group: int
+    ) -> Float[Tensor, "*columns out"]:
         """Nearest codes (whole numbers in float32) of columns that belong to one group."""
         codes = torch.round(columns / self.scale[group]).add_(self.zero_point[group])
         return codes.clamp_(0, self.maxq)
 
-    def decode(self, codes: Float[Tensor, "columns out"], group: int) -> Float[Tensor, "columns out"]:
+    def decode(
+        self, codes: Float[Tensor, "*columns out"], group: int
+    ) -> Float[Tensor, "*columns out"]:
         """Values of codes that belong to one group."""
         return (codes - self.zero_point[group]).mul_(self.scale[group])
 
@@ -128,14 +132,13 @@ def _grid_of_range(low: Tensor, high: Tensor, wbits: int, sym: bool) -> tuple[Te
 
 
 def _storable(scale: Tensor) -> Tensor:
-    rounded = scale.clamp(min=SMALLEST_SCALE, max=2 * LARGEST_SCALE).to(torch.float16).float()
-    return torch.where(rounded == 0, SMALLEST_SCALE, rounded)
+    return scale.clamp(min=SMALLEST_SCALE, max=2 * LARGEST_SCALE).to(torch.float16).float()
 
 
 def _chunks(
     groups: Tensor, low: Tensor, high: Tensor, importance: Tensor | None
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Columns-first slices ``(columns, k)`` with ``k`` group-rows each, small enough for a cache."""
+    """Columns-first slices ``(columns, k)`` of ``k`` group-rows, small enough for a cache."""
     num_groups, num_columns, num_rows = groups.shape
     flat = groups.transpose(0, 1).reshape(num_columns, num_groups * num_rows)
     weights = None
@@ -155,69 +158,81 @@ def _chunks(
 
 
 def _search(
-    columns: Tensor, low: Tensor, high: Tensor, importance: Tensor | None, *, wbits: int, sym: bool, search: GridSearch
+    columns: Tensor,
+    low: Tensor,
+    high: Tensor,
+    importance: Tensor | None,
+    *,
+    wbits: int,
+    sym: bool,
+    search: GridSearch,
 ) -> tuple[Tensor, Tensor]:
-    best = _Best(columns, low, high, importance, wbits, sym, search)
+    best = _Best(_Candidates(low, high, wbits, sym, search.steps), columns, importance, search.norm)
     last = max(1, int(0.8 * search.steps)) - 1
     for step in range(0, last + 1, search.stride):
         for sign in (1, -1) if sym else (1,):
-            best.try_step(torch.full_like(low, step), torch.full_like(low, sign))
+            best.try_candidate(torch.tensor(sign * (step + 1.0), device=low.device))
+    sign = torch.sign(best.candidate)
     stride = search.stride // 2
-    sign_of_best = torch.sign(best.scale)
     while stride >= 1:
-        centre = best.step
+        centre = best.candidate.abs()
         for offset in (-stride, stride):
-            best.try_step((centre + offset).clamp_(0, last), sign_of_best)
+            best.try_candidate((centre + offset).clamp_(1, last + 1).mul_(sign))
         stride //= 2
-    return best.scale, best.zero_point
+    return best.grid()
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The grids of a search by number: ``step + 1``, negative for a negative scale."""
+
+    low: Tensor
+    high: Tensor
+    wbits: int
+    sym: bool
+    steps: int
+
+    def grid(self, number: Tensor) -> tuple[Tensor, Tensor | int]:
+        """Scale and zero point of one candidate number per group-row, or one for all."""
+        shrink = (self.steps + 1 - number.abs()) / self.steps
+        if self.sym:
+            scale = _storable(self.high * (shrink * (2 / (2**self.wbits - 1))))
+            return scale * torch.sign(number), 2 ** (self.wbits - 1)
+        return _grid_of_range(shrink * self.low, shrink * self.high, self.wbits, self.sym)
 
 
 class _Best:
     """The best candidate so far of every group-row."""
 
     def __init__(
-        self,
-        columns: Tensor,
-        low: Tensor,
-        high: Tensor,
-        importance: Tensor | None,
-        wbits: int,
-        sym: bool,
-        search: GridSearch,
+        self, candidates: _Candidates, columns: Tensor, importance: Tensor | None, norm: float
     ):
-        self._columns, self._low, self._high, self._importance = columns, low, high, importance
-        self._wbits, self._sym, self._search = wbits, sym, search
+        self._candidates, self._columns = candidates, columns
+        self._importance, self._norm = importance, norm
         self._buffers = torch.empty_like(columns), torch.empty_like(columns)
-        self.step = torch.zeros_like(low)
-        self.scale, self.zero_point = _grid_of_range(low, high, wbits, sym)
-        self.error = torch.full_like(low, torch.inf)
+        self._error = torch.full_like(candidates.low, torch.inf)
+        self.candidate = torch.ones_like(candidates.low)
 
-    def try_step(self, step: Tensor, sign: Tensor) -> None:
-        """Compare one shrunken range per group-row, with scales of one sign, with the best so far."""
-        shrink = 1 - step / self._search.steps
-        scale, zero_point = _grid_of_range(
-            shrink * self._low, shrink * self._high, self._wbits, self._sym
-        )
-        scale = scale * sign
-        error = self._error(scale, zero_point)
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.scale = torch.where(better, scale, self.scale)
-        self.zero_point = torch.where(better, zero_point, self.zero_point)
-        self.step = torch.where(better, step, self.step)
+    def try_candidate(self, number: Tensor) -> None:
+        """Compare one candidate per group-row, or one for all, with the best so far."""
+        error = self._error_of(*self._candidates.grid(number))
+        self.candidate = torch.where(error < self._error, number, self.candidate)
+        self._error = torch.minimum(error, self._error)
 
-    def _error(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the best."""
+        scale, zero_point = self._candidates.grid(self.candidate)
+        return scale, torch.zeros_like(scale) + zero_point
+
+    def _error_of(self, scale: Tensor, zero_point: Tensor | int) -> Tensor:
         exact, codes = self._buffers
         torch.mul(self._columns, 1 / scale, out=exact)
         torch.round(exact, out=codes)
-        if self._sym:  # one zero point for all: a scalar bound is three times as fast
-            codes.clamp_(-(2 ** (self._wbits - 1)), 2 ** (self._wbits - 1) - 1)
-        else:
-            codes.clamp_(-zero_point, 2**self._wbits - 1 - zero_point)
-        error = _power(exact.sub_(codes).abs_(), self._search.norm)
+        codes.clamp_(-zero_point, 2**self._candidates.wbits - 1 - zero_point)
+        error = _power(exact.sub_(codes).abs_(), self._norm)
         if self._importance is not None:
             error.mul_(self._importance)
-        return error.sum(dim=0, keepdim=True).mul_(scale.abs().pow(self._search.norm))
+        return error.sum(dim=0, keepdim=True).mul_(scale.abs().pow_(self._norm))
 
 
 def _power(positive: Tensor, exponent: float) -> Tensor:

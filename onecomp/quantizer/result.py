@@ -55,7 +55,9 @@ class QuantizationResult:
             NotImplementedError: The result holds neither a weight nor codes.
         """
         if self.dequantized_weight is None:
-            raise NotImplementedError(f"{type(self).__name__} stores no dequantized_weight and defines no codes.")
+            raise NotImplementedError(
+                f"{type(self).__name__} stores no dequantized_weight and defines no codes."
+            )
         return self.dequantized_weight.to(device=device, dtype=torch.float32)
 
     def compute_dequantized_weight(
@@ -95,7 +97,10 @@ class QuantizationResult:
             known = ", ".join(sorted(QuantizationResult.types))
             raise ConfigError(
                 "QuantizationResult",
-                [f"{type_name!r} is not a known result class. Known: {known}. Import its module first."],
+                [
+                    f"{type_name!r} is not a known result class. Known: {known}. "
+                    "Import its module first."
+                ],
             )
         return QuantizationResult.types[type_name](**tensors, **values)
 

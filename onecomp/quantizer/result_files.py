@@ -36,9 +36,17 @@ def load_results(filepath: str | Path) -> dict[str, QuantizationResult]:
             name: QuantizationResult.restore(r["type"], r["tensors"], r["values"])
             for name, r in stored.items()
         }
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise InputError(
             path,
-            f"is not a results file of this package ({type(error).__name__}: {error}). Pickled objects "
-            "are refused because reading them can run code; write the file again with save_results.",
+            f"is not a results file of this package ({type(error).__name__}: {error}). "
+            "Pickled objects are refused because reading them can run code; "
+            "write the file again with save_results.",
         ) from error

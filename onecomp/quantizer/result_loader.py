@@ -27,7 +27,7 @@ class ResultLoader(Quantizer):
     def quantize_layer(
         self,
         module: nn.Module,
-        input: Sequence[Tensor] | Tensor | None = None,
+        input: Sequence[Tensor] | Tensor | None = None,  # noqa: A002 - documented name
         hessian: Tensor | None = None,
     ) -> QuantizationResult:
         """Always refuses: there is nothing to quantize with.

@@ -19,12 +19,14 @@ def bare_logging() -> Iterator[logging.Logger]:
     loggers = [root, *map(logging.getLogger, PACKAGE_LOGGERS)]
     handlers, levels = list(root.handlers), [logger.level for logger in loggers]
     root.handlers = []
-    yield root
-    for handler in root.handlers:
-        handler.close()
-    root.handlers = handlers
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    try:
+        yield root
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def test_lines_carry_time_level_and_name_and_go_to_standard_error(capsys):

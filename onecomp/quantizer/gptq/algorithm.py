@@ -129,7 +129,9 @@ def gptq_quantize(
     grids = _Grids(weight, factor, rule, importance)
     codes, errors = torch.empty_like(live), torch.empty_like(live[:blocksize])
     for start, end in column_blocks(len(live), blocksize, grids.live_groupsize):
-        block = _Block(live[start:end], codes[start:end], errors, factor.upper[start:end, start:end], start)
+        block = _Block(
+            live[start:end], codes[start:end], errors, factor.upper[start:end, start:end], start
+        )
         for group in grids.segments(start, end):
             grids.fit(start + group.start, live)
             block.solve(group, grids)

@@ -74,10 +74,12 @@ class GPTQ(Quantizer):
     """Fit all grids to the original weights, in the layer's own column order."""
 
     def default_name(self) -> str:
+        """Name from bits and group size."""
         groups = "perchannel" if self.groupsize == -1 else f"gs{self.groupsize}"
         return f"GPTQ_{self.wbits}bit_{groups}"
 
     def problems(self) -> list[str]:
+        """What is wrong with the settings, one sentence each."""
         bits = {"wbits": self.wbits, "mlp_wbits": self.mlp_wbits}
         bits |= {f"module_wbits[{k!r}]": v for k, v in (self.module_wbits or {}).items()}
         sizes = {"groupsize": self.groupsize, "mlp_groupsize": self.mlp_groupsize}
@@ -103,6 +105,7 @@ class GPTQ(Quantizer):
         return problems
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
+        """Group sizes have to divide ``in_features``."""
         groupsize = self.resolve_groupsize(layer_name, self.groupsize, self.mlp_groupsize)
         if groupsize == -1 or in_features % groupsize == 0:
             return []
@@ -150,7 +153,7 @@ class GPTQ(Quantizer):
     def quantize_layer(
         self,
         module: nn.Module,
-        input: Sequence[Tensor] | Tensor | None = None,
+        input: Sequence[Tensor] | Tensor | None = None,  # noqa: A002 - documented name
         hessian: Tensor | None = None,
     ) -> GPTQResult:
         """Quantize one layer.
@@ -178,6 +181,7 @@ class GPTQ(Quantizer):
         return self.quantize_weights({name or "": weight}, factors)[name or ""]
 
     def column_order(self, hessian: Float[Tensor, "in in"]) -> Tensor | None:
+        """Falling diagonal of the Hessian with ``actorder``."""
         if not self.actorder:
             return None
         return torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -185,6 +189,7 @@ class GPTQ(Quantizer):
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, GPTQResult]:
+        """Quantize layers that share an input; those with the same bits are solved together."""
         by_bits = itertools.groupby(sorted(weights, key=self._bits_key), key=self._bits_key)
         results: dict[str, GPTQResult] = {}
         for _, names in by_bits:
@@ -233,8 +238,7 @@ class GPTQ(Quantizer):
     def _no_worse_than_rounding(
         self, solution: Solution, weight: Tensor, factors: HessianFactors
     ) -> tuple[Solution, Float[Tensor, "2 out"]]:
-        """Rows for which rounding each weight on its own is better are rounded so; and each row's
-        output error and output energy."""
+        """Best of solved and rounded rows, and each row's output error and output energy."""
         nearest = solution.nearest(weight)
         solved, rounded, energy = (
             quadratic_form(rows, factors.hessian)
@@ -277,9 +281,11 @@ class GPTQ(Quantizer):
             module_wbits=self.module_wbits,
         )
 
+    # pyrefly: ignore[bad-override]  # a method is only given results of its own
     def create_inference_layer(
         self, result: GPTQResult, linear_module: nn.Linear, **kwargs: object
     ) -> GPTQLinear:
+        """The layer that runs and is saved in place of ``linear_module``."""
         return GPTQLinear.from_quantization_result(result, linear_module, **kwargs)
 
     def finalize_quant_config_for_save(
@@ -288,6 +294,7 @@ class GPTQ(Quantizer):
         quantized_layer_names: Sequence[str],
         num_hidden_layers: int | None,
     ) -> dict:
+        """Add bits and group sizes of the layers where they differ."""
         layers = {name: self.layer_bits(name) for name in quantized_layer_names}
         return finalize_quant_config(quant_config, layers, num_hidden_layers)
 

@@ -31,8 +31,8 @@ class GPTQResult(QuantizationResult):
     qzeros: Tensor | None = None
     """Zero points, float16 with whole values, CPU."""
     perm: Tensor | None = None
-    """int64 ``(in,)``: column ``perm[i]`` belongs to group ``i // groupsize``; None when columns keep
-    their own order (always with ``static_groups``)."""
+    """int64 ``(in,)``: column ``perm[i]`` belongs to group ``i // groupsize``; None when columns
+    keep their own order (always with ``static_groups``)."""
 
     @property
     def group_index(self) -> Int[Tensor, "in"]:
@@ -40,6 +40,7 @@ class GPTQResult(QuantizationResult):
         return group_index(self.qweight.shape[1], self.groupsize, self.perm)
 
     def dequantize(self, device: torch.device | str | None = None) -> Float[Tensor, "out in"]:
+        """Weight in float32 on ``device``, from the codes."""
         codes = self.qweight.to(device)
         scales, zeros = self.scales.to(device).float(), self.qzeros.to(device).float()
         if self.groupsize == -1:

@@ -32,10 +32,12 @@ class RTN(Quantizer):
     """Steps of the search."""
 
     def default_name(self) -> str:
+        """Name from bits and group size."""
         groups = "perchannel" if self.groupsize == -1 else f"gs{self.groupsize}"
         return f"RTN_{self.wbits}bit_{groups}"
 
     def problems(self) -> list[str]:
+        """What is wrong with the settings, one sentence each."""
         problems = []
         if not 1 <= self.wbits <= 8:
             problems.append(f"wbits={self.wbits!r}: must be a whole number from 1 to 8.")
@@ -46,6 +48,7 @@ class RTN(Quantizer):
         return problems
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
+        """Group sizes have to divide ``in_features``."""
         if self.groupsize == -1 or in_features % self.groupsize == 0:
             return []
         return [
@@ -58,7 +61,7 @@ class RTN(Quantizer):
     def quantize_layer(
         self,
         module: nn.Module,
-        input: Sequence[Tensor] | Tensor | None = None,
+        input: Sequence[Tensor] | Tensor | None = None,  # noqa: A002 - documented name
         hessian: Tensor | None = None,
     ) -> RTNResult:
         """Quantize one layer; needs neither input nor Hessian."""
@@ -87,9 +90,11 @@ class RTN(Quantizer):
             wbits=self.wbits, groupsize=self.groupsize, actorder=False, sym=self.sym
         )
 
+    # pyrefly: ignore[bad-override]  # a method is only given results of its own
     def create_inference_layer(
         self, result: RTNResult, linear_module: nn.Linear, **kwargs: object
     ) -> GPTQLinear:
+        """The layer that runs and is saved in place of ``linear_module``: GPTQ's."""
         per_channel = result.groupsize == -1
         as_gptq = GPTQResult(
             wbits=result.wbits,
@@ -108,6 +113,7 @@ class RTN(Quantizer):
         quantized_layer_names: Sequence[str],
         num_hidden_layers: int | None,
     ) -> dict:
+        """Note which layers are quantized."""
         bits = LayerBits(wbits=self.wbits, groupsize=self.groupsize)
         layers = dict.fromkeys(quantized_layer_names, bits)
         return finalize_quant_config(quant_config, layers, num_hidden_layers)

@@ -24,6 +24,7 @@ class RTNResult(QuantizationResult):
     """Zero points, float16 with whole values ``(out, groups)``, CPU."""
 
     def dequantize(self, device: torch.device | str | None = None) -> Float[Tensor, "out in"]:
+        """Weight in float32 on ``device``, from the codes."""
         codes = self.quantized_weight.to(device).float()
         per_group = codes.reshape(*self.scale.shape, -1)
         zero, scale = self.zero.to(device).float(), self.scale.to(device).float()

@@ -1,0 +1,1 @@
+"""OneComp on Ray: thin actor shells around the library's plain classes."""

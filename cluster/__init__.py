@@ -1,0 +1,1 @@
+"""Ray plumbing that knows nothing of quantization: connecting, actor pools, errors."""

@@ -1,0 +1,22 @@
+"""Errors of the cluster itself; ``actors`` translates them for the library."""
+
+
+class ClusterError(Exception):
+    """The cluster cannot be reached, or cannot give what was asked for."""
+
+
+class ActorLostError(ClusterError):
+    """An actor's process is gone.
+
+    Args:
+        actor: Number of the actor in its pool.
+        call: What it was asked to do.
+        reason: Ray's account of it.
+    """
+
+    def __init__(self, actor: int, call: str, reason: str):
+        super().__init__(actor, call, reason)
+        self.actor, self.call, self.reason = actor, call, reason
+
+    def __str__(self) -> str:
+        return f"actor {self.actor} was lost during {self.call}: {self.reason}"

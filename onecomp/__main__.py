@@ -1,0 +1,5 @@
+"""``python -m onecomp``."""
+
+from onecomp.cli import main
+
+main()

@@ -1,0 +1,302 @@
+"""The Python API: quantize, save, evaluate. A table of contents; the work is done elsewhere."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from onecomp.calibration import CalibrationConfig, prepare_calibration_samples
+from onecomp.errors import ConfigError
+from onecomp.evaluation import calculate_perplexity
+from onecomp.executor import Executor, default_executor
+from onecomp.export.save import has_format
+from onecomp.job import QuantizationJob
+from onecomp.models import ModelConfig
+from onecomp.qep import QEPConfig
+from onecomp.quantizer import QuantizationResult, Quantizer
+from onecomp.quantizer.quant_linear import dense_layers
+from onecomp.session import Session, require_no_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Quantizes one model with one method.
+
+    Args:
+        model_config: The model.
+        quantizer: Method and settings; its ``results`` are filled by ``run``.
+        calibration_config: Text to calibrate on; default: 512 samples of C4.
+        qep: Propagate errors of quantized layers to the layers behind them.
+        qep_config: How; implies nothing without ``qep=True``.
+        report_progress: A bar on a terminal, a log line per block elsewhere.
+        executor: Where the work runs; by default chosen by ``default_executor()``.
+        run_dir: Directory that survives the process, so that an interrupted run goes on; by
+            default one that ends with the Runner.
+        num_shards: Calibration shards; by default up to 32 of at least 1024 tokens.
+
+    Example:
+        >>> runner = Runner(ModelConfig("my-model"), GPTQ(groupsize=128))  # doctest: +SKIP
+        >>> runner.run()  # doctest: +SKIP
+        >>> runner.save_quantized_model("my-model-w4")  # doctest: +SKIP
+    """
+
+    def __init__(  # noqa: PLR0913 - the documented signature
+        self,
+        model_config: ModelConfig | None = None,
+        quantizer: Quantizer | None = None,
+        *,
+        calibration_config: CalibrationConfig | None = None,
+        qep: bool = False,
+        qep_config: QEPConfig | None = None,
+        report_progress: bool = True,
+        executor: Executor | None = None,
+        run_dir: str | Path | None = None,
+        num_shards: int | None = None,
+    ):
+        self.model_config = model_config
+        self.quantizer = quantizer
+        self.calibration_config = calibration_config or CalibrationConfig()
+        self.qep = qep
+        self.qep_config = qep_config or QEPConfig()
+        self.report_progress = report_progress
+        self.executor = executor
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.num_shards = num_shards
+        self.quantized_model: PreTrainedModel | None = None
+        self._session: Session | None = None
+        self._temporary: tempfile.TemporaryDirectory | None = None
+
+    # Quantizing
+
+    def check(self) -> None:
+        """Check the settings against each other.
+
+        Raises:
+            ConfigError: With every problem at once.
+        """
+        problems = []
+        if not isinstance(self.model_config, ModelConfig):
+            problems.append(f"model_config={self.model_config!r}: must be a ModelConfig.")
+        if not isinstance(self.quantizer, Quantizer):
+            problems.append(f"quantizer={self.quantizer!r}: must be a Quantizer, e.g. GPTQ().")
+        elif self.qep and not self.quantizer.flag_hessian:
+            problems.append(
+                f"qep=True needs a method that uses the Hessian, and {self.quantizer.name} does not. "
+                "Use GPTQ, or qep=False."
+            )
+        if problems:
+            raise ConfigError("Runner", problems)
+
+    def run(self) -> None:
+        """Quantize the model; results are in ``quantizer.results`` and in the run directory."""
+        self.check()
+        self._session = Session.open(self._job(), self._run_path())
+        self._session.quantize(
+            lambda: self.executor or default_executor(), report_progress=self.report_progress
+        )
+        self.quantizer.results = self._session.run.results()
+
+    def prepare_calibration_dataset(
+        self, device: str, model: PreTrainedModel | None = None
+    ) -> dict[str, Tensor]:
+        """The calibration batch: ``input_ids`` and ``attention_mask``, int64 ``(N, L)``."""
+        samples = prepare_calibration_samples(
+            self.calibration_config,
+            self.model_config.load_tokenizer(),
+            self.model_config.load_model if model is None else lambda: model,
+        )
+        return {
+            "input_ids": samples.input_ids.to(device),
+            "attention_mask": samples.attention_mask.to(device),
+        }
+
+    def _job(self) -> QuantizationJob:
+        return QuantizationJob(
+            self.model_config,
+            self.quantizer,
+            self.calibration_config,
+            self.qep_config if self.qep else None,
+            num_shards=self.num_shards,
+        )
+
+    def _run_path(self) -> Path:
+        if self.run_dir is not None:
+            return self.run_dir
+        self._temporary = tempfile.TemporaryDirectory(prefix="onecomp-run-")
+        return Path(self._temporary.name)
+
+    def _finished(self) -> Session:
+        if self._session is None:
+            raise ConfigError("Runner", ["nothing is quantized yet. Call run() first."])
+        return self._session
+
+    # Saving
+
+    def save_quantized_model(
+        self, save_directory: str | Path, pack_weights: bool = True, save_format: str = "auto"
+    ) -> Path:
+        """Write the quantized checkpoint, block by block.
+
+        Args:
+            save_directory: New directory.
+            pack_weights: Pack codes into 32-bit words, as serving engines expect.
+            save_format: Only ``auto``.
+
+        Raises:
+            NotImplementedError: The method has no checkpoint format.
+            InputError: The directory already holds a checkpoint.
+        """
+        if save_format != "auto":
+            raise ConfigError("save_quantized_model", [f"save_format={save_format!r}: must be 'auto'."])
+        self.quantizer.get_quant_config()
+        return self._export(save_directory, dequantized=False, pack_weights=pack_weights)
+
+    def save_dequantized_model(
+        self, path: str | Path, quantizer: Quantizer | None = None
+    ) -> Path:
+        """Write the model with dequantized weights in its own dtype, block by block."""
+        del quantizer
+        return self._export(path, dequantized=True, pack_weights=True)
+
+    def _export(self, path: str | Path, *, dequantized: bool, pack_weights: bool) -> Path:
+        session, path = self._finished(), Path(path)
+        require_no_checkpoint(path)
+        session.export(session.writer(path, dequantized=dequantized, pack_weights=pack_weights))
+        return path
+
+    def save_quantization_results(
+        self, path: str | Path, quantizer: Quantizer | None = None
+    ) -> None:
+        """Write the results as tensors and plain values, see ``Quantizer.load_results``."""
+        (quantizer or self.quantizer).save_results(path)
+
+    def save_quantization_statistics(
+        self, path: str | Path, quantizer: Quantizer | None = None
+    ) -> None:
+        """Write time and errors of every layer as JSON."""
+        results = (quantizer or self.quantizer).results
+        statistics = {name: result.get_statistics() for name, result in results.items()}
+        Path(path).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+
+    def print_quantization_results(self, quantizer: Quantizer | None = None) -> None:
+        """Log time and errors of every layer; a dash where nothing was measured."""
+        for name, result in (quantizer or self.quantizer).results.items():
+            values = "  ".join(
+                f"{key} {'-' if value is None else format(value, '.3e')}"
+                for key, value in result.get_statistics().items()
+            )
+            logger.info("%s  %s", name, values)
+
+    # Live models
+
+    def create_quantized_model(
+        self,
+        pack_weights: bool = True,
+        quantizer: Quantizer | None = None,
+        use_gemlite: bool | None = None,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The whole quantized model on the CPU, and its tokenizer.
+
+        Args:
+            pack_weights: Keep codes packed.
+            quantizer: Default: the Runner's.
+            use_gemlite: Accepted for compatibility; layers run by their own code.
+
+        Raises:
+            NotImplementedError: The method has no inference layer.
+        """
+        del use_gemlite
+        quantizer = quantizer or self.quantizer
+        config = quantizer.get_quant_config()
+        model = self.model_config.load_model(device_map="cpu")
+        quantizer.apply_results_to_model(model, pack_weights=pack_weights)
+        num_blocks = model.config.get_text_config().num_hidden_layers
+        model.config.quantization_config = quantizer.finalize_quant_config_for_save(
+            config, list(quantizer.results), num_blocks
+        )
+        return model, self.model_config.load_tokenizer()
+
+    def update_model_weights(
+        self, model: PreTrainedModel, quantizer: Quantizer | None = None
+    ) -> None:
+        """Replace the weights of a live model by their dequantized values, in place."""
+        results: Mapping[str, QuantizationResult] = (quantizer or self.quantizer).results
+        for name, result in results.items():
+            weight = model.get_submodule(name).weight
+            weight.data.copy_(result.dequantize(weight.device))
+
+    # Evaluating
+
+    def calculate_perplexity(  # noqa: PLR0913 - the documented signature
+        self,
+        original_model: bool = False,
+        dequantized_model: bool = False,
+        quantized_model: bool = True,
+        dataset_name: str = "Salesforce/wikitext",
+        dataset_config: str | None = "wikitext-2-raw-v1",
+        split: str = "test",
+        max_samples: int | None = None,
+        max_length: int = 2048,
+        stride: int = 2048,
+        quantizer: Quantizer | None = None,
+    ) -> tuple[float | None, float | None, float | None]:
+        """Perplexity of the original, the dequantized and the quantized model.
+
+        A method without an inference layer is evaluated dequantized where quantized was asked.
+
+        Args:
+            original_model: Evaluate the original.
+            dequantized_model: Evaluate with dequantized weights.
+            quantized_model: Evaluate with quantized layers.
+            dataset_name: Data set, or a local file.
+            dataset_config: Its configuration.
+            split: Its split.
+            max_samples: Rows to use at most.
+            max_length: Tokens per window.
+            stride: Tokens from one window to the next.
+            quantizer: Default: the Runner's.
+
+        Returns:
+            One number each, None for what was not asked for.
+        """
+        quantizer = quantizer or self.quantizer
+        if quantized_model and self.quantized_model is None and not has_format(quantizer):
+            logger.info("%s has no inference layer: evaluating dequantized", quantizer.name)
+            dequantized_model, quantized_model = True, False
+
+        def perplexity(load: Callable[[], PreTrainedModel]) -> float:
+            model = load()
+            with dense_layers(model, model.dtype):
+                return calculate_perplexity(
+                    model,
+                    self.model_config.load_tokenizer(),
+                    self.model_config,
+                    dataset_name,
+                    dataset_config,
+                    split,
+                    max_samples,
+                    max_length,
+                    stride,
+                )
+
+        return (
+            perplexity(self.model_config.load_model) if original_model else None,
+            perplexity(lambda: self._dequantized(quantizer)) if dequantized_model else None,
+            perplexity(lambda: self._quantized(quantizer)) if quantized_model else None,
+        )
+
+    def _dequantized(self, quantizer: Quantizer) -> PreTrainedModel:
+        model = self.model_config.load_model()
+        self.update_model_weights(model, quantizer)
+        return model
+
+    def _quantized(self, quantizer: Quantizer) -> PreTrainedModel:
+        if self.quantized_model is not None:
+            return self.quantized_model
+        model, _ = self.create_quantized_model(quantizer=quantizer)
+        return model.to(self.model_config.get_device())

@@ -1,0 +1,305 @@
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from onecomp.errors import ConfigError, LayerError
+from onecomp.jobs import quantize_group
+from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.gptq import GPTQ, GPTQResult
+from onecomp.quantizer.result import STATISTICS
+from onecomp.statistics import GroupStatistics
+
+DEFAULTS = {
+    "name": "GPTQ_4bit_perchannel",
+    "num_layers": None,
+    "calc_quant_error": False,
+    "include_layer_names": None,
+    "exclude_layer_names": ["lm_head"],
+    "include_layer_keywords": None,
+    "exclude_layer_keywords": None,
+    "target_layer_types": (nn.Linear,),
+    "hessian_dtype": torch.float32,
+    "module_to_name": {},
+    "results": {},
+    "flag_calibration": True,
+    "flag_hessian": True,
+    "flag_xtx": False,
+    "blocksize": 128,
+    "percdamp": 0.01,
+    "wbits": 4,
+    "groupsize": -1,
+    "actorder": False,
+    "mse": False,
+    "sym": True,
+    "q_grid": 600,
+    "q_norm": 2.4,
+    "mlp_wbits": None,
+    "mlp_groupsize": None,
+    "module_wbits": None,
+    "static_groups": False,
+}
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(num_rows: int, size: int, seed: int = 0) -> Tensor:
+    return draw(num_rows, size, seed=seed) @ draw(size, size, seed=seed + 1)
+
+
+def linear(in_features: int, out_features: int, seed: int = 0) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias=False)
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(seed))
+    return layer.requires_grad_(requires_grad=False)
+
+
+def same_result(one: GPTQResult, other: GPTQResult) -> bool:
+    tensors, others = one.tensors(), other.tensors()
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensors[k], others[k]) for k in tensors
+    )
+
+
+def test_every_documented_default_in_the_documented_order():
+    quantizer = GPTQ()
+    assert {f.name: getattr(quantizer, f.name) for f in dataclasses.fields(quantizer)} == DEFAULTS
+    assert [f.name for f in dataclasses.fields(GPTQ)] == list(DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "quantizer", [GPTQ(), GPTQ(wbits=3, groupsize=64, module_wbits={"a": 2}), GPTQ(name="mine")]
+)
+def test_replacing_nothing_gives_an_equal_quantizer(quantizer):
+    assert dataclasses.replace(quantizer) == quantizer
+
+
+def test_the_name_says_bits_and_group_size_unless_it_is_given():
+    assert GPTQ(wbits=3, groupsize=64).name == "GPTQ_3bit_gs64"
+    assert GPTQ(name="mine", q_grid=0).name == "mine"  # no search, so its steps do not matter
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        GPTQ(
+            wbits=9,
+            groupsize=0,
+            mlp_wbits=True,
+            mlp_groupsize=-2,
+            module_wbits={"layer": 0},
+            blocksize=0,
+            percdamp=1e-5,
+            mse=True,
+            q_grid=0,
+            q_norm=0.0,
+        )
+    assert isinstance(caught.value, ValueError)
+    assert str(caught.value).splitlines() == [
+        "GPTQ: 9 problems",
+        "  - wbits=9: must be a whole number from 1 to 8.",
+        "  - mlp_wbits=True: must be a whole number from 1 to 8.",
+        "  - module_wbits['layer']=0: must be a whole number from 1 to 8.",
+        "  - groupsize=0: must be -1 (one group a row) or at least 1.",
+        "  - mlp_groupsize=-2: must be -1 (one group a row) or at least 1.",
+        "  - blocksize=0: must be a whole number, at least 1.",
+        "  - percdamp=1e-05: must be at least 0.000395.",
+        "  - q_grid=0: must be a whole number, at least 1.",
+        "  - q_norm=0.0: must be above 0.",
+    ]
+
+
+def test_bits_come_from_the_layer_then_the_mlp_then_the_default():
+    bits = {"mlp_bits": 3, "module_bits": {"layers.0.mlp.up_proj": 8}}
+    assert GPTQ.resolve_bits("layers.0.mlp.up_proj", 4, **bits) == 8
+    assert GPTQ.resolve_bits("layers.1.mlp.up_proj", 4, **bits) == 3
+    assert GPTQ.resolve_bits("layers.1.self_attn.q_proj", 4, **bits) == 4
+    assert GPTQ.resolve_bits(None, 4, **bits) == 4
+    assert GPTQ.resolve_bits("layers.1.mlp.up_proj", 4) == 4
+
+
+def test_group_size_comes_from_the_mlp_then_the_default():
+    assert GPTQ.resolve_groupsize("layers.1.mlp.up_proj", 64, 32) == 32
+    assert GPTQ.resolve_groupsize("layers.1.self_attn.q_proj", 64, 32) == 64
+    assert GPTQ.resolve_groupsize("layers.1.mlp.up_proj", 64) == 64
+    assert GPTQ.resolve_groupsize(None, 64, 32) == 64
+
+
+@pytest.mark.parametrize(
+    ("in_features", "remedy"),
+    [(11008, "128 or 64 or 32"), (320, "64 or 32"), (100, "-1")],
+)
+def test_a_group_size_that_does_not_divide_names_the_layer_and_sizes_that_do(in_features, remedy):
+    quantizer = GPTQ(groupsize=96)
+    message = (
+        f"layers.0.mlp.down_proj: groupsize=96 must divide in_features, but layers.0.mlp.down_proj "
+        f"has in_features={in_features} ({in_features} % 96 = {in_features % 96}). "
+        f"Use groupsize={remedy}, or exclude the layer with exclude_layer_names."
+    )
+    module = linear(in_features, 2)
+    quantizer.module_to_name = {module: "layers.0.mlp.down_proj"}
+    with pytest.raises(LayerError, match=f"^{re.escape(message)}$"):
+        quantizer.quantize_layer(module, hessian=torch.eye(in_features))
+
+
+def test_neither_input_nor_hessian_is_refused():
+    with pytest.raises(LayerError, match=r"^the layer: GPTQ needs its input or its Hessian\.$"):
+        GPTQ().quantize_layer(linear(8, 2))
+
+
+def test_layers_of_a_group_get_their_own_bits_and_keep_their_order():
+    weights = {name: draw(6, 32, seed=i) for i, name in enumerate(["a.q", "a.mlp.up", "a.k"])}
+    quantizer = GPTQ(groupsize=16, mlp_wbits=2, mlp_groupsize=8, module_wbits={"a.k": 8})
+    statistics = GroupStatistics.of(correlated(200, 32), None)
+    results, _ = quantize_group(quantizer, weights, statistics, None)
+    assert list(results) == list(weights)
+    assert {n: (r.wbits, r.groupsize) for n, r in results.items()} == {
+        "a.q": (4, 16),
+        "a.mlp.up": (2, 8),
+        "a.k": (8, 16),
+    }
+    assert all(int(r.qweight.max()) < 2**r.wbits for r in results.values())
+
+
+@pytest.mark.parametrize("actorder", [False, True])
+@pytest.mark.parametrize("mse", [False, True])
+def test_layers_quantized_together_equal_layers_quantized_alone(actorder, mse):
+    weights = {name: draw(rows, 48, seed=rows) for name, rows in [("q", 16), ("k", 5), ("v", 1)]}
+    quantizer = GPTQ(groupsize=16, actorder=actorder, mse=mse, q_grid=50)
+    statistics = GroupStatistics.of(correlated(200, 48), None)
+    together, _ = quantize_group(quantizer, weights, statistics, None)
+    for name, weight in weights.items():
+        alone, _ = quantize_group(quantizer, {name: weight}, statistics, None)
+        assert same_result(alone[name], together[name])
+
+
+@pytest.mark.parametrize("groupsize", [-1, 16])
+@pytest.mark.parametrize("actorder", [False, True])
+@pytest.mark.parametrize("static_groups", [False, True])
+@pytest.mark.parametrize("sym", [False, True])
+def test_what_is_stored_is_what_was_solved_with(groupsize, actorder, static_groups, sym):
+    """The error that the solver saw is the error of the stored codes and float16 scales."""
+    weight, hessian = draw(12, 48), GroupStatistics.of(correlated(200, 48), None).hessian()
+    quantizer = GPTQ(groupsize=groupsize, actorder=actorder, static_groups=static_groups, sym=sym)
+    factors = HessianFactors(hessian, quantizer.column_order(hessian))
+    result = quantizer.quantize_weights({"layer": weight}, factors)["layer"]
+    off = (weight - result.dequantize()).double()
+    relative = ((off @ hessian.double()) * off).sum() / (
+        (weight.double() @ hessian.double()) * weight.double()
+    ).sum()
+    assert result.relative_output_squared_error == pytest.approx(relative.item(), rel=1e-4)
+    assert (result.qweight.dtype, result.scales.dtype, result.qzeros.dtype) == (
+        torch.int32,
+        torch.float16,
+        torch.float16,
+    )
+    assert result.scales.shape == ((12, 1) if groupsize == -1 else (3, 12))
+    assert (result.perm is not None) == (actorder and not static_groups and groupsize != -1)
+
+
+def test_a_hessian_that_is_not_positive_definite_gets_more_damping_and_says_so():
+    """An eigenvalue of -0.05: the damping asked for is too little, ten times as much enough."""
+    hessian = torch.diag(torch.tensor([-0.05, *[1.0] * 15]))
+    factors = HessianFactors(hessian)
+    GPTQ().quantize_weights({"layer": draw(3, 16)}, factors)
+    assert factors.fallbacks[0] == "percdamp 0.01 -> 0.1 in torch.float32"
+
+
+def test_an_indefinite_hessian_is_rounded_to_nearest_and_says_so():
+    weight, hessian = draw(3, 16), torch.diag(torch.tensor([-100.0, *[1.0] * 15]))
+    factors = HessianFactors(hessian)
+    result = GPTQ().quantize_weights({"layer": weight}, factors)["layer"]
+    assert factors.fallbacks[0].startswith("round to nearest: The Hessian is not positive definite")
+    expected = GPTQ().quantize_weights({"layer": weight}, HessianFactors(torch.eye(16)))["layer"]
+    assert same_result(result, expected)
+
+
+def test_rows_that_rounding_serves_better_are_rounded_and_counted():
+    """Damping a hundred times the Hessian's own size makes GPTQ solve another problem."""
+    weight = draw(200, 32)
+    hessian = GroupStatistics.of(correlated(200, 32), None).hessian()
+    factors = HessianFactors(hessian)
+    result = GPTQ(wbits=2, percdamp=100.0).quantize_weights({"layer": weight}, factors)["layer"]
+    steps = (weight / result.scales.float()).round() + result.qzeros.float()
+    nearest = steps.clamp(0, 3).int()
+    [fallback] = factors.fallbacks
+    [replaced] = re.findall(r"^round to nearest: (\d+) of 200 rows$", fallback)
+    assert 0 < int(replaced) <= (result.qweight == nearest).all(dim=1).sum() < 200
+
+    def row_errors(codes: Tensor) -> Tensor:
+        off = (weight - (codes - result.qzeros.float()) * result.scales.float()).double()
+        return ((off @ hessian.double()) * off).sum(dim=1)
+
+    assert (row_errors(result.qweight) <= row_errors(nearest) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("shape", [(60,), (3, 20)])
+def test_the_hook_quantizes_a_live_layer_and_fills_every_error_field(shape):
+    model = nn.Sequential(linear(32, 8))
+    before = model[0].weight.clone()
+    quantizer = GPTQ(groupsize=16, calc_quant_error=True)
+    quantizer.setup(model)
+    inputs = correlated(60, 32).reshape(*shape, 32)
+    handle = model[0].register_forward_hook(quantizer.quantize)
+    model(inputs)
+    handle.remove()
+    result = quantizer.results["0"]
+    assert torch.equal(model[0].weight, before)
+    assert list(result.get_statistics()) == list(STATISTICS)
+    assert None not in result.get_statistics().values()
+    rows = inputs.reshape(-1, 32).double()
+    off, exact = before.double() - result.dequantize().double(), before.double()
+    error = (rows @ off.T).square().sum().item()
+    assert result.output_squared_error == pytest.approx(error, rel=1e-4)
+    assert result.mean_output_squared_error == pytest.approx(error / (60 * 8), rel=1e-4)
+    energy = (rows @ exact.T).square().sum().item()
+    assert result.relative_output_squared_error == pytest.approx(error / energy, rel=1e-4)
+    assert result.weight_squared_error == pytest.approx(off.square().sum().item(), rel=1e-5)
+    assert result.mean_weight_squared_error == pytest.approx(off.square().mean().item(), rel=1e-5)
+    relative = off.square().sum().item() / exact.square().sum().item()
+    assert result.relative_weight_squared_error == pytest.approx(relative, rel=1e-5)
+    quantizer.execute_post_processing()
+    assert quantizer.module_to_name == {}
+    assert set(quantizer.results) == {"0"}
+
+
+@pytest.mark.parametrize("perccorr", [0.5, 1.0])
+def test_error_propagation_is_the_exact_formula(perccorr):
+    """W' = W + perccorr * W C (H + λI)⁻¹ with H = 2/T X̂ᵀX̂ and C = 2/T (X - X̂)ᵀX̂."""
+    layer = linear(32, 8)
+    weight = layer.weight.double()
+    original = correlated(400, 32)
+    quantized = original + 2 * draw(400, 32, seed=5)
+    hessian = 2 / 400 * quantized.double().T @ quantized.double()
+    delta = 2 / 400 * (original.double() - quantized.double()).T @ quantized.double()
+    damped = hessian + 0.02 * hessian.diagonal().mean() * torch.eye(32)
+    expected = weight + perccorr * weight @ delta @ torch.linalg.inv(damped)
+    quantizer = GPTQ(wbits=8)
+    quantizer.setup(nn.Sequential(layer))
+    quantizer.quantize_with_qep(layer, quantized, original, percdamp=0.02, perccorr=perccorr)
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=1e-3, atol=1e-3)
+    assert (layer.weight.double() - weight).abs().max() > 0.02  # the correction is there to be seen
+    plain = GPTQ(wbits=8).quantize_layer(layer, quantized)
+    assert same_result(quantizer.results["0"], plain)
+
+
+@pytest.mark.parametrize("original", [None, draw(100, 32, seed=3)])
+def test_without_correction_the_weight_stays(original):
+    layer = linear(32, 8)
+    before = layer.weight.clone()
+    quantizer = GPTQ()
+    perccorr = 0.5 if original is None else 0.0
+    quantizer.quantize_with_qep(layer, correlated(100, 32), original, perccorr=perccorr)
+    assert torch.equal(layer.weight, before)
+
+
+def test_sums_given_by_the_caller_replace_those_of_the_inputs():
+    original, quantized = correlated(100, 32), correlated(100, 32, seed=7)
+    statistics = GroupStatistics.of(quantized, original)
+    layers = linear(32, 8), linear(32, 8)
+    GPTQ().quantize_with_qep(layers[0], quantized, original)
+    given = {"hessian": statistics.hessian(), "delta_hatX": statistics.delta()}
+    GPTQ().quantize_with_qep(layers[1], torch.zeros(1, 32), None, **given)
+    assert torch.equal(layers[0].weight, layers[1].weight)
