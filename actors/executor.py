@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable, Sequence
 
+import torch
+
 from actors.worker import WorkerActor
 from cluster.connect import (
     ClusterShape,
@@ -16,8 +18,6 @@ from cluster.errors import ActorLostError, ClusterError
 from cluster.pool import ActorPool
 from onecomp.errors import ConfigError, InputError, WorkerError
 from onecomp.executor import Executor, Ref
-
-import torch
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,7 @@ class RayExecutor(Executor):
         self._gpus = gpus_per_worker if self._shape.num_gpus else 0
         self.num_workers = num_workers or self._natural_count()
         self._check_gpus()
-        self._pool: ActorPool | None = None
-        self._driver_bytes = 0
+        self._pool = ActorPool(WorkerActor, self.num_workers, self._options(self._shape))
 
     def _natural_count(self) -> int:
         if self._gpus:
@@ -72,16 +71,13 @@ class RayExecutor(Executor):
             )
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
-        options = self._options(self._shape)
-        self._pool = ActorPool(WorkerActor, self.num_workers, [make_worker, *arguments], options)
+        self._pool.make(make_worker, arguments)
 
     def _options(self, shape: ClusterShape) -> dict:
+        environment = worker_runtime_environment({"OMP_NUM_THREADS": "1"})
         if self._gpus:
-            return {"num_gpus": self._gpus, "runtime_env": worker_runtime_environment()}
-        cpus = max(1, shape.num_cpus // self.num_workers)
-        threads = {"OMP_NUM_THREADS": str(cpus)}
-        share = min(cpus, shape.num_cpus / self.num_workers)
-        return {"num_cpus": share, "runtime_env": worker_runtime_environment(threads)}
+            return {"num_gpus": self._gpus, "runtime_env": environment}
+        return {"num_cpus": min(1, shape.num_cpus / self.num_workers), "runtime_env": environment}
 
     def submit(
         self, worker: int, method: str, *arguments: object, num_returns: int = 1
@@ -95,16 +91,13 @@ class RayExecutor(Executor):
             raise WorkerError(error.actor, error.call, error.reason) from error
 
     def stop(self) -> None:
-        if self._pool is not None:
-            self._driver_bytes = self._pool.driver_bytes
-            self._pool.stop()
-            self._pool = None
+        self._pool.stop()
         if self._connected_here:
             disconnect()
 
     @property
     def driver_bytes(self) -> int:
-        return self._driver_bytes if self._pool is None else self._pool.driver_bytes
+        return self._pool.driver_bytes
 
     def describe(self) -> str:
         each = f"{self._gpus:g} GPU each" if self._gpus else "CPU only"

@@ -7,17 +7,17 @@ import ray
 
 @ray.remote(max_restarts=0)  # its shards are its state: a restarted actor would answer from block 0
 class WorkerActor:
-    """Any plain object on a process of its own.
+    """A process that holds one plain object."""
 
-    Args:
-        number: Number of the worker.
-        make_worker: Called as ``make_worker(number, *arguments)``.
-        *arguments: Its further arguments.
-    """
+    def __init__(self, number: int):
+        self._number = number
+        self._object: object = None
 
-    def __init__(self, number: int, make_worker: Callable[..., object], *arguments: object):
-        self._worker = make_worker(number, *arguments)
+    def make(self, make_object: Callable[..., object], *arguments: object) -> None:
+        """Hold ``make_object(number, *arguments)`` from now on."""
+        self._object = None
+        self._object = make_object(self._number, *arguments)
 
     def call(self, method: str, *arguments: object) -> object:
         """Call a method of the object."""
-        return getattr(self._worker, method)(*arguments)
+        return getattr(self._object, method)(*arguments)

@@ -1,7 +1,7 @@
 """A pool of numbered actors that hand values to each other by reference."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -18,21 +18,25 @@ class ActorPool:
     """Numbered actors of one class; calls of one actor run in the order of submission.
 
     Args:
-        actor_class: Its instances have a method ``call(method, *arguments)``.
+        actor_class: Made with its number; has the methods ``make(function, *arguments)`` and
+            ``call(method, *arguments)``.
         count: Number of actors.
-        arguments: For the constructor, behind the actor's number.
         options: Ray's actor options: resources, runtime environment.
     """
 
-    def __init__(
-        self, actor_class: ActorClass, count: int, arguments: Sequence[object], options: dict[str, Any]
-    ):
-        shared = [ray.put(argument) for argument in arguments]
-        self.driver_bytes = count * sum(_size(argument) for argument in arguments)
+    def __init__(self, actor_class: ActorClass, count: int, options: dict[str, Any]):
+        self.driver_bytes = 0
         self._actors: list[ActorHandle] = [
-            actor_class.options(**options).remote(number, *shared) for number in range(count)
+            actor_class.options(**options).remote(number) for number in range(count)
         ]
         self._calls: dict[ObjectRef, tuple[int, str]] = {}
+
+    def make(self, make_object: Callable[..., object], arguments: Sequence[object]) -> None:
+        """Give every actor a new object, ``make_object(number, *arguments)``; does not wait."""
+        shared = [ray.put(argument) for argument in (make_object, *arguments)]
+        self.driver_bytes += len(self._actors) * sum(_size(argument) for argument in arguments)
+        for number, actor in enumerate(self._actors):
+            self._calls[actor.make.remote(*shared)] = number, "its start"
 
     def submit(
         self, number: int, method: str, arguments: Sequence[object], num_returns: int

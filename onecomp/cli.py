@@ -18,7 +18,7 @@ import yaml
 from onecomp.calibration import CalibrationConfig
 from onecomp.errors import ConfigError, InputError, OneCompError, UserError
 from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
-from onecomp.executor import Executor, default_executor
+from onecomp.executor import default_executor
 from onecomp.export.verify import verify_checkpoint
 from onecomp.job import QuantizationJob, default_groupsize
 from onecomp.log import setup_logger
@@ -183,7 +183,8 @@ def quantize(  # noqa: PLR0913 - one parameter per option
 
 def _method(name: str, wbits: int, *, actorder: bool, static_groups: bool, **shared: bool) -> Quantizer:
     if name == "gptq":
-        return GPTQ(wbits=wbits, actorder=actorder, static_groups=static_groups, **shared)
+        order = {"actorder": actorder, "static_groups": static_groups}
+        return GPTQ(wbits=wbits, **order, **shared, weighted_mse=shared["mse"])
     if name == "rtn":
         return RTN(wbits=wbits, **shared)
     raise ConfigError("quantize", [f"--quantizer={name!r}: must be one of {', '.join(METHODS)}."])
@@ -194,10 +195,13 @@ def _quantize(
 ) -> None:
     request = None if eval_text is None else PerplexityRequest.checked(eval_text)
 
-    def executor() -> Executor:
-        return default_executor(num_workers, address=address, gpus_per_worker=gpus)
-
-    session.quantize(executor)
+    _log_settings(session)
+    executor = default_executor(num_workers, address=address, gpus_per_worker=gpus)
+    logger.info("workers: %s", executor.describe())
+    try:
+        session.quantize(executor)
+    finally:
+        executor.stop()
     if request is not None:
         for what, directory in (("original", session.job.model_config.source.directory), ("quantized", session.output)):
             scores = evaluate_checkpoint(directory, request)
@@ -208,6 +212,13 @@ def _quantize(
     if session.output is not None:
         _print(f"{session.output}")
         logger.info("load it with onecomp.load_quantized_model(%r)", str(session.output))
+
+
+def _log_settings(session: Session) -> None:
+    versions = session.job.record(session.samples)["versions"]
+    logger.info("versions: %s", "  ".join(f"{name} {v}" for name, v in versions.items()))
+    logger.info("method: %s, error propagation %s", session.job.quantizer.name, session.job.qep or "off")
+    logger.info("checkpoint: %s, run directory: %s", session.output, session.run.path)
 
 
 @app.command()

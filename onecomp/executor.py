@@ -2,8 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
 
 from onecomp.errors import ConfigError
+
+MOST_THREADS = 16
+"""Each worker thread holds a copy of the block that is worked on."""
 
 Ref = object
 """Stands for a value that stays where it was made; an argument that is a Ref becomes its value."""
@@ -16,7 +22,7 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
-        """Make every worker by ``make_worker(worker_number, *arguments)``."""
+        """Make every worker by ``make_worker(worker_number, *arguments)``, in place of earlier ones."""
 
     @abstractmethod
     def submit(
@@ -58,40 +64,72 @@ class Executor(ABC):
 
 
 class LocalExecutor(Executor):
-    """One worker in this process; calls run at once."""
+    """Workers on threads of this process, each computing on a single processor core.
 
-    num_workers = 1
+    The bits of a matrix product depend on how many threads share it, so no product is shared:
+    the work is spread over cores by shards and groups, just as it is over machines.
 
-    def __init__(self) -> None:
-        self._worker: object = None
+    Args:
+        num_workers: Threads; None for as many as torch would use, or one where there is a GPU.
+    """
+
+    def __init__(self, num_workers: int | None = None) -> None:
+        self._num_torch_threads = torch.get_num_threads()
+        has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+        natural = 1 if has_gpu else min(self._num_torch_threads, MOST_THREADS)
+        self.num_workers = num_workers or natural
+        self._threads: list[ThreadPoolExecutor] = []
+        self._workers: list[Future[object]] = []
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
-        """Make the worker."""
-        self._worker = make_worker(0, *arguments)
+        self.stop()
+        torch.set_num_threads(1)
+        self._threads = [
+            ThreadPoolExecutor(1, f"worker-{number}", torch.set_num_threads, (1,))
+            for number in range(self.num_workers)
+        ]
+        self._workers = []
+        for number, thread in enumerate(self._threads):  # one by one: building a model's modules
+            future = thread.submit(make_worker, number, *arguments)  # changes torch for all threads
+            future.result()
+            self._workers.append(future)
 
     def submit(
         self, worker: int, method: str, *arguments: object, num_returns: int = 1
     ) -> list[Ref]:
-        """Call the method now; its values are their own Refs."""
-        value = getattr(self._worker, method)(*arguments)
-        return [value] if num_returns == 1 else list(value)
+        returned: list[Ref] = [Future() for _ in range(num_returns)]
+        self._threads[worker].submit(self._call, worker, method, arguments, returned)
+        return returned
+
+    def _call(
+        self, worker: int, method: str, arguments: Sequence[object], returned: Sequence[Future]
+    ) -> None:
+        try:
+            values = [a.result() if isinstance(a, Future) else a for a in arguments]
+            value = getattr(self._workers[worker].result(), method)(*values)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever fetches the value
+            for future in returned:
+                future.set_exception(error)
+            return
+        for future, part in zip(returned, [value] if len(returned) == 1 else value, strict=True):
+            future.set_result(part)
 
     def fetch(self, refs: Sequence[Ref]) -> list:
-        """The values."""
-        return list(refs)
+        return [ref.result() for ref in refs]
 
     def stop(self) -> None:
-        """Drop the worker."""
-        self._worker = None
+        for thread in self._threads:
+            thread.shutdown(wait=True, cancel_futures=True)
+        self._threads.clear()
+        self._workers.clear()
+        torch.set_num_threads(self._num_torch_threads)
 
     @property
     def driver_bytes(self) -> int:
-        """Always 0: nothing is sent."""
         return 0
 
     def describe(self) -> str:
-        """``this process``."""
-        return "this process"
+        return f"this process, {self.num_workers} thread(s)"
 
 
 def default_executor(

@@ -34,7 +34,7 @@ class Runner:
         qep: Propagate errors of quantized layers to the layers behind them.
         qep_config: How; implies nothing without ``qep=True``.
         report_progress: A bar on a terminal, a log line per block elsewhere.
-        executor: Where the work runs; by default chosen by ``default_executor()``.
+        executor: Where the work runs; yours to stop. By default ``default_executor()``.
         run_dir: Directory that survives the process, so that an interrupted run goes on; by
             default one that ends with the Runner.
         num_shards: Calibration shards; by default up to 32 of at least 1024 tokens.
@@ -96,9 +96,13 @@ class Runner:
         """Quantize the model; results are in ``quantizer.results`` and in the run directory."""
         self.check()
         self._session = Session.open(self._job(), self._run_path())
-        self._session.quantize(
-            lambda: self.executor or default_executor(), report_progress=self.report_progress
-        )
+        executor = self.executor or default_executor()
+        logger.info("workers: %s", executor.describe())
+        try:
+            self._session.quantize(executor, report_progress=self.report_progress)
+        finally:
+            if self.executor is None:
+                executor.stop()
         self.quantizer.results = self._session.run.results()
 
     def prepare_calibration_dataset(

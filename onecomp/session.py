@@ -3,7 +3,6 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,31 +95,36 @@ class Session:
         blocks = all(self.run.has_block(block.index) for block in self.layout.blocks)
         return blocks and (self.output is None or (self.output / "config.json").is_file())
 
-    def quantize(
-        self, make_executor: Callable[[], Executor], *, report_progress: bool = True
-    ) -> None:
-        """Quantize every block that is not finished, and put the checkpoint in its place."""
+    def quantize(self, executor: Executor, *, report_progress: bool = True) -> None:
+        """Quantize every block that is not finished, and put the checkpoint in its place.
+
+        Args:
+            executor: Where the work runs; its owner stops it.
+            report_progress: A bar on a terminal, a log line per block elsewhere.
+        """
         started = time.monotonic()
-        executor = make_executor()
-        logger.info("workers: %s", executor.describe())
         self._begin()
         blocks = self.layout.blocks
         reused = sum(self.run.has_block(block.index) for block in blocks)
         if reused:
             logger.info("%d of %d blocks are finished already", reused, len(blocks))
-        try:
-            shards = [] if self.samples is None else cut_shards(self.samples, self.job.num_shards)
-            with Progress(len(blocks), reused, silent=not report_progress) as progress:
-                quantize_model(self._settings(len(shards)), shards, executor, progress)
-        finally:
-            executor.stop()
+        shards = [] if self.samples is None else cut_shards(self.samples, self.job.num_shards)
+        with Progress(len(blocks), reused, silent=not report_progress) as progress:
+            quantize_model(self._settings(len(shards)), shards, executor, progress)
         if self.output is not None:
             self._finish_checkpoint()
-        seconds = time.monotonic() - started
         self.run.append(
-            "finished", seconds=seconds, driver_bytes=executor.driver_bytes, workers=executor.num_workers
+            "finished",
+            seconds=time.monotonic() - started,
+            driver_bytes=executor.driver_bytes,
+            workers=executor.num_workers,
         )
-        logger.info("quantized %d layers in %s", len(self.layout.layer_names), format_duration(seconds))
+        logger.info(
+            "quantized %d layers in %s, mean output error %s",
+            len(self.layout.layer_names),
+            format_duration(time.monotonic() - started),
+            self.run.mean_output_error(),
+        )
 
     def _begin(self) -> None:
         if self.begin_anew:

@@ -139,6 +139,15 @@ class RunDirectory:
             file.write(json.dumps(line) + "\n")
 
 
+    def mean_output_error(self) -> str:
+        """Mean of the blocks' output errors as the journal has them; a dash where none is known."""
+        path = self.path / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        blocks = {e["block"]: e for e in map(json.loads, lines) if e["event"] == "block"}
+        errors = [e["output_error"] for e in blocks.values() if e["output_error"] is not None]
+        return f"{sum(errors) / len(errors):.2e}" if errors else "-"
+
+
 class StoredResults(Mapping[str, QuantizationResult]):
     """Results by layer name, read from the run directory one block at a time."""
 

@@ -90,7 +90,9 @@ class Worker:
         self.number, self.settings = number, settings
         use_cuda = settings.device == "auto" and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_cuda else settings.device.replace("auto", "cpu"))
+        torch.set_num_threads(1)  # products shared by threads differ in the last bit, see executor
         self.skeleton = Skeleton.build(settings.source, settings.dtype)
+        self._front: Skeleton | None = Skeleton.build(settings.source, settings.dtype)
         self._shards: list[_Shard] = []
         self._block: _OpenBlock | None = None
         self._reader = ThreadPoolExecutor(1, "read-next-block")
@@ -104,12 +106,12 @@ class Worker:
         Returns:
             Number of tokens taken, padding not counted.
         """
-        skeleton = Skeleton.build(self.settings.source, self.settings.dtype)
-        fill_on_demand(skeleton, self.device)
+        fill_on_demand(self._front, self.device)
         interner = CallInterner()
         for shard in shards:
-            batches = [self._embed(skeleton, interner, *b) for b in shard.micro_batches()]
+            batches = [self._embed(self._front, interner, *b) for b in shard.micro_batches()]
             self._shards.append(_Shard(shard.index, batches))
+        self._front = None  # frees the embedding
         return sum(int(shard.attention_mask.sum()) for shard in shards)
 
     def _embed(

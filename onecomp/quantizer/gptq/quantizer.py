@@ -72,6 +72,8 @@ class GPTQ(Quantizer):
     _: KW_ONLY
     static_groups: bool = False
     """Fit all grids to the original weights, in the layer's own column order."""
+    weighted_mse: bool = False
+    """Weigh each column's error in the range search by the root of its mean squared input."""
 
     def default_name(self) -> str:
         """Name from bits and group size."""
@@ -230,8 +232,9 @@ class GPTQ(Quantizer):
         except QuantizationError as error:
             factors.fallbacks.append(f"round to nearest: {error}")
             return nearest_solution(weight, fit_static_grid(weight, rule), rule.groupsize)
+        importance = factors.hessian.diagonal().sqrt() if self.weighted_mse else None
         return Solution.join(
-            gptq_quantize(tile, factor, rule, blocksize=self.blocksize)
+            gptq_quantize(tile, factor, rule, blocksize=self.blocksize, importance=importance)
             for tile in weight.tensor_split(-(-len(weight) // ROW_TILE))
         )
 
