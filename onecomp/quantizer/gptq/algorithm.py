@@ -136,7 +136,8 @@ def gptq_quantize(
             grids.fit(start + group.start, live)
             block.solve(group, grids)
         live[end:].addmm_(factor.upper[start:end, end:].T, errors[: end - start], alpha=-1)
-    return Solution(_unpermuted(codes, factor), grids.grid, grids.group_of_column)
+    codes = _unpermuted(codes, factor).add_(grids.grid.zero_point[grids.group_of_column])
+    return Solution(codes, grids.grid, grids.group_of_column)
 
 
 def column_blocks(
@@ -183,6 +184,7 @@ class _Grids:
         position = columns if rule.static or factor.order is None else factor.inverse_order
         self.group_of_column = position // rule.groupsize
         self._group_of_position = factor.permuted(self.group_of_column[None])[0].tolist()
+        self._ranges = {group: self._range(group) for group in range(shape[0]) if rule.static}
 
     def segments(self, start: int, end: int) -> Iterator[range]:
         """Ranges of a column block, relative to its start, that lie in one live group each."""
@@ -205,39 +207,62 @@ class _Grids:
         )
         group = position // size
         self.grid.scale[group], self.grid.zero_point[group] = fitted.scale[0], fitted.zero_point[0]
+        self._ranges[group] = self._range(group)
 
-    def at(self, position: int) -> int:
-        """Group of the column that is solved as the ``position``-th."""
-        return self._group_of_position[position]
+    def _range(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, and the smallest and largest code counted from the zero point, of every row."""
+        zero_point = self.grid.zero_point[group]
+        return self.grid.scale[group], -zero_point, self.grid.maxq - zero_point
+
+    def at(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``_range`` of the column that is solved as the ``position``-th."""
+        return self._ranges[self._group_of_position[position]]
 
 
-@dataclass(frozen=True)
 class _Block:
-    """A column block: its weights, codes and errors, and its part of the factor."""
+    """A column block: its weights, codes and errors, and its part of the factor.
 
-    live: Tensor
-    codes: Tensor
-    errors: Tensor
-    upper: Tensor
-    first: int
+    Rows of these matrices are taken apart once: on small layers the time goes to calls, not to
+    arithmetic.
+    """
+
+    def __init__(self, live: Tensor, codes: Tensor, errors: Tensor, upper: Tensor, first: int):
+        self._live, self._errors, self._upper, self._first = live, errors, upper, first
+        self._columns = list(
+            zip(
+                live.unbind(),
+                codes.unbind(),
+                errors[: len(live)].unbind(),
+                (1 / upper.diagonal()).unbind(),
+                strict=True,
+            )
+        )
+        self._buffer = torch.empty_like(errors[0])
 
     def solve(self, columns: range, grids: _Grids) -> None:
         """Quantize ``columns`` and correct all columns of the block behind them."""
         for panel in range(columns.start, columns.stop, PANEL_COLUMNS):
             end = min(panel + PANEL_COLUMNS, columns.stop)
             for column in range(panel, end):
-                self._round(column, grids)
-                row = self.upper[column, column + 1 : end]
-                self.live[column + 1 : end].addr_(row, self.errors[column], alpha=-1)
-            behind = self.upper[panel:end, end:].T
-            self.live[end:].addmm_(behind, self.errors[panel:end], alpha=-1)
+                if column > panel:
+                    self._catch_up(panel, column)
+                self._round(column, grids.at(self._first + column))
+            behind = self._upper[panel:end, end:].T
+            self._live[end:].addmm_(behind, self._errors[panel:end], alpha=-1)
 
-    def _round(self, column: int, grids: _Grids) -> None:
-        group = grids.at(self.first + column)
-        codes, error = self.codes[column], self.errors[column]
-        codes.copy_(grids.grid.encode(self.live[column], group))
-        torch.sub(self.live[column], grids.grid.decode(codes, group), out=error)
-        error.div_(self.upper[column, column])
+    def _catch_up(self, panel: int, column: int) -> None:
+        """Correct a column for the errors of the panel's columns before it."""
+        errors, row = self._errors[panel:column].T, self._upper[panel:column, column]
+        self._columns[column][0].addmv_(errors, row, alpha=-1)
+
+    def _round(self, column: int, grid: tuple[Tensor, Tensor, Tensor]) -> None:
+        weight, code, error, inverse_diagonal = self._columns[column]
+        scale, smallest, largest = grid
+        torch.div(weight, scale, out=code)
+        code.round_().clamp_(smallest, largest)
+        torch.mul(code, scale, out=self._buffer)
+        torch.sub(weight, self._buffer, out=error)
+        error.mul_(inverse_diagonal)
 
 
 def _unpermuted(codes: Tensor, factor: HessianFactor) -> Tensor:

@@ -40,6 +40,7 @@ DEFAULTS = {
     "mlp_groupsize": None,
     "module_wbits": None,
     "static_groups": False,
+    "weighted_mse": False,
 }
 
 
@@ -303,3 +304,17 @@ def test_sums_given_by_the_caller_replace_those_of_the_inputs():
     given = {"hessian": statistics.hessian(), "delta_hatX": statistics.delta()}
     GPTQ().quantize_with_qep(layers[1], torch.zeros(1, 32), None, **given)
     assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+def test_weighted_range_search_lowers_the_output_error_when_columns_differ_in_activation():
+    rows = correlated(400, 64) * torch.logspace(-2, 1, 64)
+    factors = HessianFactors(2 / len(rows) * rows.T @ rows)
+    weights = {"layer": draw(32, 64, seed=3)}
+    settings = {"wbits": 3, "groupsize": 32, "mse": True, "static_groups": True}
+    errors = [
+        GPTQ(**settings, weighted_mse=weighted)
+        .quantize_weights(weights, factors)["layer"]
+        .relative_output_squared_error
+        for weighted in (False, True)
+    ]
+    assert errors[1] < errors[0]
