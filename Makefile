@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 DATASET ?=
+TEXT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -23,7 +24,7 @@ help:
 	@echo "make test      lint, types, unit tests, doctests"
 	@echo "make test-all  make test and the slow tests"
 	@echo "make lint      ruff and pyrefly only"
-	@echo "make bench     speed and memory on SmolLM2-135M"
+	@echo "make bench     speed, memory and accuracy on SmolLM2-135M (TEXT=file measures on that text)"
 	@echo "make clean     remove .venv and build"
 
 venv: $(STAMP)
@@ -56,7 +57,9 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python deploy/fetch_smollm2.py build/smollm2-135m
-	$(BIN)/python benchmarks/quantize_smollm2.py
+	$(BIN)/python deploy/demo_texts.py build/demo
+	cat build/demo/calibration.txt build/demo/evaluation.txt > build/demo/text.txt
+	$(BIN)/python benchmarks/quantize_smollm2.py build/smollm2-135m $(or $(TEXT),build/demo/text.txt)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -64,14 +64,15 @@ class RayExecutor(Executor):
             raise ConfigError(
                 "RayExecutor",
                 [
-                    f"{self.num_workers} workers with {self._gpus:g} GPUs each need {wanted:g} GPUs, "
+                    f"{self.num_workers} workers with {self._gpus:g} GPUs each need {wanted:g}, "
                     f"but the cluster has {self._shape.num_gpus}. Lower --num-workers or "
                     "--gpus-per-worker, or add nodes."
                 ],
             )
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
-        self._pool.make(make_worker, arguments)
+        """Make every worker in its process, which stays the same when this is called again."""
+        self.fetch(self._pool.make(make_worker, arguments))
 
     def _options(self, shape: ClusterShape) -> dict:
         environment = worker_runtime_environment({"OMP_NUM_THREADS": "1"})
@@ -82,23 +83,28 @@ class RayExecutor(Executor):
     def submit(
         self, worker: int, method: str, *arguments: object, num_returns: int = 1
     ) -> list[Ref]:
-        return self._pool.submit(worker, method, arguments, num_returns)
+        """Call a worker's method; the values stay in the object store of its node."""
+        return [*self._pool.submit(worker, method, arguments, num_returns)]
 
     def fetch(self, refs: Sequence[Ref]) -> list:
+        """Bring values to the driver, with the errors of the calls that made them."""
         try:
             return self._pool.fetch(refs)
         except ActorLostError as error:
             raise WorkerError(error.actor, error.call, error.reason) from error
 
     def stop(self) -> None:
+        """End the workers' processes, and the cluster if it was started for them."""
         self._pool.stop()
         if self._connected_here:
             disconnect()
 
     @property
     def driver_bytes(self) -> int:
+        """Pickled size of every argument and value that was not handed over by reference."""
         return self._pool.driver_bytes
 
     def describe(self) -> str:
+        """Number of workers and nodes."""
         each = f"{self._gpus:g} GPU each" if self._gpus else "CPU only"
         return f"{self.num_workers} Ray workers ({each}) on {self._shape.num_nodes} node(s)"

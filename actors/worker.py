@@ -5,8 +5,7 @@ from collections.abc import Callable
 import ray
 
 
-@ray.remote(max_restarts=0)  # its shards are its state: a restarted actor would answer from block 0
-class WorkerActor:
+class ObjectHolder:
     """A process that holds one plain object."""
 
     def __init__(self, number: int):
@@ -21,3 +20,7 @@ class WorkerActor:
     def call(self, method: str, *arguments: object) -> object:
         """Call a method of the object."""
         return getattr(self._object, method)(*arguments)
+
+
+WorkerActor = ray.remote(max_restarts=0)(ObjectHolder)
+"""Never restarted: its shards are its state, a restarted actor would answer from block 0."""

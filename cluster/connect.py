@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +13,7 @@ from cluster.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 
+CONNECT_SECONDS = 10
 WORKER_ENVIRONMENT = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 """Read-only tensors are shared through the object store instead of copied, twenty times faster."""
 LOCAL_ENVIRONMENT = {
@@ -56,6 +59,7 @@ def connect(address: str | None, *, num_cpus: int) -> bool:
     if address is None:
         _start_here(num_cpus)
         return True
+    _require_listener(address)
     try:
         ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -64,6 +68,17 @@ def connect(address: str | None, *, num_cpus: int) -> bool:
             f"({type(error).__name__}: {str(error).splitlines()[0]})."
         ) from error
     return True
+
+
+def _require_listener(address: str) -> None:
+    """Check that something listens where the cluster should: Ray itself would try for minutes."""
+    place = re.fullmatch(r"(?:ray://)?(\[.+\]|[^:/]+):(\d+)", address)
+    if place is None:
+        return
+    try:
+        socket.create_connection((place[1].strip("[]"), int(place[2])), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"Nothing listens at {address!r} ({error}).") from error
 
 
 def _start_here(num_cpus: int) -> None:

@@ -29,14 +29,19 @@ class ActorPool:
         self._actors: list[ActorHandle] = [
             actor_class.options(**options).remote(number) for number in range(count)
         ]
-        self._calls: dict[ObjectRef, tuple[int, str]] = {}
+        self._numbers = {actor._actor_id.hex(): n for n, actor in enumerate(self._actors)}
+        self._calls: dict[str, str] = {}
+        """Method by the Ref's number; never the Ref itself, which would keep its value alive."""
 
-    def make(self, make_object: Callable[..., object], arguments: Sequence[object]) -> None:
+    def make(
+        self, make_object: Callable[..., object], arguments: Sequence[object]
+    ) -> list[ObjectRef]:
         """Give every actor a new object, ``make_object(number, *arguments)``; does not wait."""
         shared = [ray.put(argument) for argument in (make_object, *arguments)]
         self.driver_bytes += len(self._actors) * sum(_size(argument) for argument in arguments)
-        for number, actor in enumerate(self._actors):
-            self._calls[actor.make.remote(*shared)] = number, "its start"
+        refs = [actor.make.remote(*shared) for actor in self._actors]
+        self._calls.update({ref.hex(): "its start" for ref in refs})
+        return refs
 
     def submit(
         self, number: int, method: str, arguments: Sequence[object], num_returns: int
@@ -46,7 +51,7 @@ class ActorPool:
         call = self._actors[number].call.options(num_returns=num_returns)
         returned = call.remote(method, *arguments)
         refs = [returned] if num_returns == 1 else list(returned)
-        self._calls.update(dict.fromkeys(refs, (number, method)))
+        self._calls.update({ref.hex(): method for ref in refs})
         return refs
 
     def fetch(self, refs: Sequence[ObjectRef]) -> list:
@@ -60,12 +65,13 @@ class ActorPool:
         for ref in refs:
             try:
                 values.append(ray.get(ref))
+            except RayActorError as error:  # of the actor called, or of one that made an argument
+                number = self._numbers.get(error.actor_id or "", -1)
+                call = self._calls.get(ref.hex(), "a call")
+                raise ActorLostError(number, call, str(error).strip()) from error
             except RayTaskError as error:
                 raise error.cause from error
-            except RayActorError as error:
-                number, method = self._calls.get(ref, (-1, "its start"))
-                raise ActorLostError(number, method, str(error).strip()) from error
-            self._calls.pop(ref, None)
+            self._calls.pop(ref.hex(), None)
         self.driver_bytes += sum(_size(value) for value in values)
         return values
 

@@ -1,5 +1,6 @@
 """English text that every CPython carries: topics of its reference manual."""
 
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,3 +26,7 @@ def write_demo_texts(directory: Path) -> tuple[Path, Path]:
 def join_topics(names: list[str]) -> str:
     """The named topics, a blank line between each two of them."""
     return "\n\n".join(topics[name].strip() for name in names) + "\n"
+
+
+if __name__ == "__main__":
+    write_demo_texts(Path(sys.argv[1]))

@@ -3,20 +3,16 @@
 import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import wraps
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import transformers
 import typer
-import yaml
 
 from onecomp.calibration import CalibrationConfig
-from onecomp.errors import ConfigError, InputError, OneCompError, UserError
+from onecomp.console import FAILED, command, print_result, read_options
+from onecomp.errors import ConfigError, InputError
 from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
 from onecomp.executor import default_executor
 from onecomp.export.verify import verify_checkpoint
@@ -34,16 +30,18 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Post-training quantization of large language models, in one process or on a Ray cluster.",
 )
 
-BAD_INPUT, FAILED = 2, 1
 METHODS = ("gptq", "rtn")
 """Methods that the command line offers."""
 
 Workers = Annotated[
     int | None,
-    typer.Option(help="Ray workers; 0 works in this process. Default: one per GPU, else this process."),
+    typer.Option(
+        help="Ray workers; 0 works in this process. Default: one per GPU, else this process."
+    ),
 ]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
 Gpus = Annotated[float, typer.Option(help="GPUs of each worker, where the cluster has GPUs.")]
@@ -52,74 +50,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and n
 
 def main() -> None:
     """Run the command line: 0 success, 1 a run that failed, 2 bad input."""
-    with _standard_output_for_results():
-        setup_logger()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        app()
-
-
-@contextmanager
-def _standard_output_for_results() -> Iterator[None]:
-    """What libraries print goes to standard error; only ``_print`` reaches standard output."""
-    results, sys.stdout = sys.stdout, sys.stderr
-    _print.stream = results
-    try:
-        yield
-    finally:
-        sys.stdout = results
-
-
-class _Printer:
-    """Prints results where the user's standard output was when the program began."""
-
-    def __init__(self) -> None:
-        self.stream = sys.stdout
-
-    def __call__(self, text: str) -> None:
-        self.stream.write(text + "\n")
-        self.stream.flush()
-
-
-_print = _Printer()
-
-
-def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the package's errors into one message and an exit status."""
-
-    @wraps(command)
-    def checked(*args: object, **kwargs: object) -> None:
-        try:
-            command(*args, **kwargs)
-        except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            raise typer.Exit(BAD_INPUT) from error
-        except OneCompError as error:
-            sys.stderr.write(f"error: {error}\n")
-            raise typer.Exit(FAILED) from error
-
-    return checked
-
-
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take defaults of a command's options from a YAML file of ``option: value``."""
-    if path is None:
-        return None
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
-    values = {str(key).replace("-", "_"): value for key, value in (values or {}).items()}
-    known = {parameter.name for parameter in context.command.params}
-    if unknown := sorted(values.keys() - known):
-        raise typer.BadParameter(f"{path}: unknown options {unknown}. Known: {sorted(known)}.")
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
+    setup_logger()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
 
 
 @app.command()
-@_reports_errors
+@command
 def quantize(  # noqa: PLR0913 - one parameter per option
     model: Annotated[str, typer.Argument(help="Directory of the model, or its Hub id.")],
     output: Annotated[Path, typer.Option(help="New directory for the checkpoint.")],
@@ -129,7 +68,9 @@ def quantize(  # noqa: PLR0913 - one parameter per option
     wbits: Annotated[int, typer.Option(help="Bits per weight, 1 to 8.")] = 4,
     groupsize: Annotated[
         int | None,
-        typer.Option(help="Columns per scale, -1 for a row. Default: largest of 128, 64, 32 that fits."),
+        typer.Option(
+            help="Columns per scale, -1 for a row. Default: largest of 128, 64, 32 that fits."
+        ),
     ] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grids.")] = True,
     mse: Annotated[bool, typer.Option(help="Search the range of each group.")] = True,
@@ -152,20 +93,21 @@ def quantize(  # noqa: PLR0913 - one parameter per option
     trust_remote_code: Annotated[bool, typer.Option(help="Run code from the model.")] = False,
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file of option: value.", callback=_read_config, is_eager=True),
+        typer.Option(help="YAML file of option: value.", callback=read_options, is_eager=True),
     ] = None,
 ) -> None:
     """Quantize a model and write a checkpoint."""
     del config
     model_config = ModelConfig(model, dtype=dtype, trust_remote_code=trust_remote_code)
-    method = _method(quantizer, wbits, sym=sym, mse=mse, actorder=actorder, static_groups=static_groups)
+    options = {"sym": sym, "mse": mse, "actorder": actorder, "static_groups": static_groups}
+    method = _method(quantizer, wbits, groupsize=-1 if groupsize is None else groupsize, **options)
     if groupsize is None:
         skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
         groupsize = default_groupsize(method, skeleton)
         logger.info("groupsize %d: the largest of 128, 64, 32 that divides every layer", groupsize)
     job = QuantizationJob(
         model_config,
-        replace(method, name=None, groupsize=groupsize),
+        _method(quantizer, wbits, groupsize=groupsize, **options),
         CalibrationConfig(
             calibration_dataset,
             max_length,
@@ -181,7 +123,9 @@ def quantize(  # noqa: PLR0913 - one parameter per option
     _quantize(session, num_workers, address, gpus_per_worker, eval_text)
 
 
-def _method(name: str, wbits: int, *, actorder: bool, static_groups: bool, **shared: bool) -> Quantizer:
+def _method(
+    name: str, wbits: int, *, actorder: bool, static_groups: bool, **shared: bool | int | None
+) -> Quantizer:
     if name == "gptq":
         order = {"actorder": actorder, "static_groups": static_groups}
         return GPTQ(wbits=wbits, **order, **shared, weighted_mse=shared["mse"])
@@ -191,10 +135,13 @@ def _method(name: str, wbits: int, *, actorder: bool, static_groups: bool, **sha
 
 
 def _quantize(
-    session: Session, num_workers: int | None, address: str | None, gpus: float, eval_text: str | None = None
+    session: Session,
+    num_workers: int | None,
+    address: str | None,
+    gpus: float,
+    eval_text: str | None = None,
 ) -> None:
     request = None if eval_text is None else PerplexityRequest.checked(eval_text)
-
     _log_settings(session)
     executor = default_executor(num_workers, address=address, gpus_per_worker=gpus)
     logger.info("workers: %s", executor.describe())
@@ -203,26 +150,31 @@ def _quantize(
     finally:
         executor.stop()
     if request is not None:
-        for what, directory in (("original", session.job.model_config.source.directory), ("quantized", session.output)):
+        for what, directory in (
+            ("original", session.job.model_config.source.directory),
+            ("quantized", session.output),
+        ):
             scores = evaluate_checkpoint(directory, request)
-            session.run.append("evaluation", what=what, **scores)
+            session.run.append("evaluation", what=what, tokens=scores["num_tokens"], **scores)
             logger.info("perplexity of the %s model: %.4f", what, scores["perplexity"])
     report = write_report(session.run.path)
     logger.info("report: %s", report)
     if session.output is not None:
-        _print(f"{session.output}")
+        print_result(f"{session.output}")
         logger.info("load it with onecomp.load_quantized_model(%r)", str(session.output))
 
 
 def _log_settings(session: Session) -> None:
     versions = session.job.record(session.samples)["versions"]
     logger.info("versions: %s", "  ".join(f"{name} {v}" for name, v in versions.items()))
-    logger.info("method: %s, error propagation %s", session.job.quantizer.name, session.job.qep or "off")
+    logger.info(
+        "method: %s, error propagation %s", session.job.quantizer.name, session.job.qep or "off"
+    )
     logger.info("checkpoint: %s, run directory: %s", session.output, session.run.path)
 
 
 @app.command()
-@_reports_errors
+@command
 def resume(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     num_workers: Workers = None,
@@ -238,7 +190,7 @@ def resume(
 
 
 @app.command("eval")
-@_reports_errors
+@command
 def evaluate(
     directory: Annotated[str, typer.Argument(help="Checkpoint, quantized or not, or a Hub id.")],
     ppl: Annotated[str, typer.Option(help="wikitext2, c4, a file, or a Hub id.")],
@@ -250,9 +202,9 @@ def evaluate(
     request = PerplexityRequest.checked(ppl, max_length, stride)
     scores = evaluate_checkpoint(directory, request)
     if as_json:
-        _print(json.dumps({"model": directory, **scores}))
+        print_result(json.dumps({"model": directory, **scores}))
     else:
-        _print(
+        print_result(
             f"perplexity {scores['perplexity']:.4f}  {directory}  text {ppl}  "
             f"tokens {scores['num_tokens']}  context {scores['max_length']}  "
             f"stride {scores['stride']}  bos {'yes' if scores['bos'] else 'no'}"
@@ -260,7 +212,7 @@ def evaluate(
 
 
 @app.command()
-@_reports_errors
+@command
 def verify(
     directory: Annotated[Path, typer.Argument(help="Checkpoint.")],
     run_dir: Annotated[Path | None, typer.Option(help="Default: DIRECTORY.run")] = None,
@@ -271,13 +223,13 @@ def verify(
     source = _original(run)
     found = verify_checkpoint(directory, run, source)
     if as_json:
-        _print(json.dumps(asdict(found) | {"ok": not found.problems}))
+        print_result(json.dumps(asdict(found) | {"ok": not found.problems}))
     else:
         for problem in found.problems:
-            _print(problem)
-        _print(
-            f"{found.num_layers} quantized layers and {found.num_other_tensors} other tensors compared, "
-            f"{len(found.problems)} differ"
+            print_result(problem)
+        print_result(
+            f"{found.num_layers} quantized layers and {found.num_other_tensors} other tensors "
+            f"compared, {len(found.problems)} differ"
         )
     if found.problems:
         raise typer.Exit(FAILED)
@@ -293,11 +245,11 @@ def _original(run: RunDirectory) -> ModelSource | None:
 
 
 @app.command()
-@_reports_errors
+@command
 def report(run: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write report.html from the journal of a finished, running or dead run."""
     RunDirectory(run).record()
-    _print(str(write_report(run)))
+    print_result(str(write_report(run)))
 
 
 if __name__ == "__main__":

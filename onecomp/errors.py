@@ -1,4 +1,4 @@
-"""Named errors. Each passes its own arguments to ``super().__init__`` so that it survives pickling."""
+"""Named errors; each passes its own arguments to ``super().__init__``, to survive pickling."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,9 @@ class ConfigError(UserError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return f"{self.subject}: {self.problems[0]}"
-        return "\n".join([f"{self.subject}: {len(self.problems)} problems", *(f"  - {p}" for p in self.problems)])
+        return "\n".join(
+            [f"{self.subject}: {len(self.problems)} problems", *(f"  - {p}" for p in self.problems)]
+        )
 
 
 class InputError(UserError):
@@ -46,7 +48,7 @@ class InputError(UserError):
 
 
 class QuantizationError(OneCompError):
-    """Arithmetic failed on finite input; the caller knows the layer and the next rung of the ladder."""
+    """Arithmetic failed on finite input; the caller knows the layer and the ladder's next rung."""
 
 
 class LayerError(OneCompError):

@@ -22,7 +22,11 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
-        """Make every worker by ``make_worker(worker_number, *arguments)``, in place of earlier ones."""
+        """Make every worker by ``make_worker(worker_number, *arguments)``, replacing earlier ones.
+
+        Raises:
+            OneCompError: What making one raised.
+        """
 
     @abstractmethod
     def submit(
@@ -82,6 +86,7 @@ class LocalExecutor(Executor):
         self._workers: list[Future[object]] = []
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
+        """Make every worker on a thread of its own."""
         self.stop()
         torch.set_num_threads(1)
         self._threads = [
@@ -97,6 +102,7 @@ class LocalExecutor(Executor):
     def submit(
         self, worker: int, method: str, *arguments: object, num_returns: int = 1
     ) -> list[Ref]:
+        """Queue a call on the worker's thread; Refs are futures."""
         returned: list[Ref] = [Future() for _ in range(num_returns)]
         self._threads[worker].submit(self._call, worker, method, arguments, returned)
         return returned
@@ -115,9 +121,11 @@ class LocalExecutor(Executor):
             future.set_result(part)
 
     def fetch(self, refs: Sequence[Ref]) -> list:
+        """Wait for the values."""
         return [ref.result() for ref in refs]
 
     def stop(self) -> None:
+        """End the threads; calls that have not begun are dropped."""
         for thread in self._threads:
             thread.shutdown(wait=True, cancel_futures=True)
         self._threads.clear()
@@ -126,9 +134,11 @@ class LocalExecutor(Executor):
 
     @property
     def driver_bytes(self) -> int:
+        """None: the driver and its workers share one memory."""
         return 0
 
     def describe(self) -> str:
+        """Number of threads."""
         return f"this process, {self.num_workers} thread(s)"
 
 
@@ -150,6 +160,8 @@ def default_executor(
     """
     if num_workers is not None and num_workers < 0:
         raise ConfigError("executor", [f"num_workers={num_workers}: must be 0 or more."])
+    if gpus_per_worker < 0:
+        raise ConfigError("executor", [f"gpus_per_worker={gpus_per_worker:g}: must be 0 or more."])
     if num_workers == 0 and address is not None:
         raise ConfigError(
             "executor",

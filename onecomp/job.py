@@ -3,7 +3,8 @@
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from onecomp import quantizer as methods
 from onecomp.calibration import CalibrationConfig, CalibrationSamples
 from onecomp.errors import ConfigError, InputError
-from onecomp.models import ModelConfig, ModelLayout, Skeleton, inspect_model
+from onecomp.models import ModelConfig, ModelLayout, ModelSource, Skeleton, inspect_model
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import Quantizer
 
@@ -39,7 +40,7 @@ class QuantizationJob:
         source = self.model_config.source
         return {
             "model": {
-                "id": source.model_id,
+                "id": _place(source),
                 "hash": source.content_hash,
                 "dtype": str(self.model_config.torch_dtype).removeprefix("torch."),
                 "trust_remote_code": source.trust_remote_code,
@@ -72,6 +73,12 @@ class QuantizationJob:
         )
 
 
+def _place(source: ModelSource) -> str:
+    """Hub id, or the directory as any working directory can find it."""
+    is_local = Path(source.model_id).expanduser().is_dir()
+    return str(source.directory) if is_local else source.model_id
+
+
 def quantizer_record(quantizer: Quantizer) -> dict:
     """A quantizer's class and settings as plain JSON values."""
     return {"method": type(quantizer).__name__} | {
@@ -91,8 +98,8 @@ def quantizer_from_record(record: Mapping) -> Quantizer:
         raise ConfigError(
             "resume",
             [
-                f"the run's method {record['method']!r} is not part of this package. Resume it from "
-                "Python: Runner(..., quantizer=..., run_dir=...).run()."
+                f"the run's method {record['method']!r} is not part of this package. Resume it "
+                "from Python: Runner(..., quantizer=..., run_dir=...).run()."
             ],
         )
     settings["target_layer_types"] = tuple(
@@ -149,8 +156,8 @@ def find_layers(quantizer: Quantizer, skeleton: Skeleton) -> ModelLayout:
     inside = [name for name in selected if name.startswith(skeleton.blocks_name + ".")]
     named = set(quantizer.include_layer_names or ())
     problems = [
-        f"{name} lies outside the decoder blocks ({skeleton.blocks_name}), where nothing is quantized. "
-        "Leave it out of include_layer_names."
+        f"{name} lies outside the decoder blocks ({skeleton.blocks_name}), where nothing is "
+        "quantized. Leave it out of include_layer_names."
         for name in selected
         if name in named and name not in inside
     ]
@@ -170,7 +177,7 @@ def find_layers(quantizer: Quantizer, skeleton: Skeleton) -> ModelLayout:
 
 def default_groupsize(quantizer: Quantizer, skeleton: Skeleton) -> int:
     """The largest of 128, 64 and 32 that divides every target layer's input, else -1."""
-    layers = replace(quantizer, name=None, groupsize=-1).select_layers(skeleton.model)
+    layers = quantizer.select_layers(skeleton.model)
     widths = {layer.in_features for layer in layers.values()}
     return next(
         (size for size in DEFAULT_GROUPSIZES if all(width % size == 0 for width in widths)), -1

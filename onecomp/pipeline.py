@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def quantize_model(
-    settings: WorkerSettings, shards: Sequence[CalibrationShard], executor: Executor, progress: Progress
+    settings: WorkerSettings,
+    shards: Sequence[CalibrationShard],
+    executor: Executor,
+    progress: Progress,
 ) -> None:
     """Quantize every block that the run directory does not hold yet.
 
@@ -38,9 +41,10 @@ def quantize_model(
     strategy = choose_strategy(settings)
     crew.export_outside(settings.layout)
     in_flight: list[BlockInFlight] = []
+    unfinished = [b.index for b in settings.layout.blocks if not settings.run.has_block(b.index)]
     for block in settings.layout.blocks:
-        if settings.run.has_block(block.index):
-            crew.replay(block)
+        if block.index not in unfinished:
+            crew.reuse(block, is_passed=any(index > block.index for index in unfinished))
             continue
         in_flight.append(crew.finish(strategy.quantize_block(block, crew)))
         if len(in_flight) > strategy.blocks_in_flight:
@@ -91,9 +95,15 @@ class Crew:
         for index in range(len(layout.blocks), layout.num_blocks):
             self._anyone("export", index)
 
-    def replay(self, block: BlockLayout) -> None:
-        """Carry all shards through a block that an earlier run finished."""
-        self.everywhere("replay_block", block.index)
+    def reuse(self, block: BlockLayout, *, is_passed: bool) -> None:
+        """Take a block as an earlier run finished it.
+
+        Args:
+            block: The block.
+            is_passed: Whether blocks behind it need the shards carried through it.
+        """
+        if is_passed:
+            self.everywhere("replay_block", block.index)
         self._anyone("export", block.index)
 
     def _anyone(self, method: str, *arguments: object) -> None:
@@ -102,8 +112,8 @@ class Crew:
 
     def observe(self, groups: Sequence[InputGroup]) -> list[list[Ref]]:
         """For each group, every worker's contributions to its sums, from one pass."""
-        if len(groups) == 1:
-            return [self.observe_group(groups[0])]
+        if len(groups) <= 1:
+            return [self.observe_group(group) for group in groups]
         indices = [group.index for group in groups]
         by_worker = [
             self.executor.submit(number, "observe", indices, num_returns=len(indices))
@@ -143,9 +153,9 @@ class Crew:
 
     def collect(self, block: BlockInFlight, progress: Progress) -> None:
         """Wait for a block, write its events and report it."""
+        self.wait()  # first: what failed here is the cause of what fails below
         receipts: list[GroupReceipt] = self.executor.fetch(block.receipts)
         self.executor.fetch(block.stored)
-        self.wait()
         for group, receipt in zip(block.groups, receipts, strict=True):
             self.run.append("group", block=block.block.index, group=group.index, **asdict(receipt))
             for fallback in receipt.fallbacks:
@@ -197,6 +207,7 @@ class FullPrecisionInputs(Strategy):
     blocks_in_flight = 1
 
     def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
+        """Observe all groups in one pass, then hand them to their owners."""
         work = BlockInFlight(block)
         crew.everywhere("begin_block", block.index)
         contributions = crew.observe(block.groups)
@@ -215,6 +226,7 @@ class ErrorPropagation(Strategy):
     blocks_in_flight = 0
 
     def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
+        """Observe, quantize and apply one group after the other."""
         work = BlockInFlight(block)
         crew.everywhere("begin_block", block.index)
         for group in block.groups:
@@ -230,6 +242,7 @@ class WeightsOnly(Strategy):
     blocks_in_flight = 2
 
     def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
+        """Hand all groups to their owners."""
         work = BlockInFlight(block)
         crew.quantize(work, block.groups, [[] for _ in block.groups])
         return work

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from onecomp.qep import QEPConfig
 from onecomp.quantizer import QuantizationResult, Quantizer
 from onecomp.quantizer.quant_linear import dense_layers
 from onecomp.session import Session, require_no_checkpoint
+from onecomp.store import StoredResults, TemporaryPath
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Runner:
         self.num_shards = num_shards
         self.quantized_model: PreTrainedModel | None = None
         self._session: Session | None = None
-        self._temporary: tempfile.TemporaryDirectory | None = None
+        self._temporary: TemporaryPath | None = None
 
     # Quantizing
 
@@ -86,7 +86,7 @@ class Runner:
             problems.append(f"quantizer={self.quantizer!r}: must be a Quantizer, e.g. GPTQ().")
         elif self.qep and not self.quantizer.flag_hessian:
             problems.append(
-                f"qep=True needs a method that uses the Hessian, and {self.quantizer.name} does not. "
+                f"qep=True needs a method that uses the Hessian; {self.quantizer.name} does not. "
                 "Use GPTQ, or qep=False."
             )
         if problems:
@@ -103,7 +103,7 @@ class Runner:
         finally:
             if self.executor is None:
                 executor.stop()
-        self.quantizer.results = self._session.run.results()
+        self.quantizer.results = StoredResults(self._session.run, keeps=self._temporary)
 
     def prepare_calibration_dataset(
         self, device: str, model: PreTrainedModel | None = None
@@ -131,13 +131,19 @@ class Runner:
     def _run_path(self) -> Path:
         if self.run_dir is not None:
             return self.run_dir
-        self._temporary = tempfile.TemporaryDirectory(prefix="onecomp-run-")
-        return Path(self._temporary.name)
+        self._temporary = TemporaryPath("onecomp-run-")
+        return self._temporary.path
 
     def _finished(self) -> Session:
         if self._session is None:
             raise ConfigError("Runner", ["nothing is quantized yet. Call run() first."])
         return self._session
+
+    def _results(self, quantizer: Quantizer | None) -> Mapping[str, QuantizationResult]:
+        results = (quantizer or self.quantizer).results
+        if not results:
+            raise ConfigError("Runner", ["there are no results yet. Call run() first."])
+        return results
 
     # Saving
 
@@ -156,13 +162,13 @@ class Runner:
             InputError: The directory already holds a checkpoint.
         """
         if save_format != "auto":
-            raise ConfigError("save_quantized_model", [f"save_format={save_format!r}: must be 'auto'."])
+            raise ConfigError(
+                "save_quantized_model", [f"save_format={save_format!r}: must be 'auto'."]
+            )
         self.quantizer.get_quant_config()
         return self._export(save_directory, dequantized=False, pack_weights=pack_weights)
 
-    def save_dequantized_model(
-        self, path: str | Path, quantizer: Quantizer | None = None
-    ) -> Path:
+    def save_dequantized_model(self, path: str | Path, quantizer: Quantizer | None = None) -> Path:
         """Write the model with dequantized weights in its own dtype, block by block."""
         del quantizer
         return self._export(path, dequantized=True, pack_weights=True)
@@ -177,19 +183,20 @@ class Runner:
         self, path: str | Path, quantizer: Quantizer | None = None
     ) -> None:
         """Write the results as tensors and plain values, see ``Quantizer.load_results``."""
+        self._results(quantizer)
         (quantizer or self.quantizer).save_results(path)
 
     def save_quantization_statistics(
         self, path: str | Path, quantizer: Quantizer | None = None
     ) -> None:
         """Write time and errors of every layer as JSON."""
-        results = (quantizer or self.quantizer).results
-        statistics = {name: result.get_statistics() for name, result in results.items()}
+        results = self._results(quantizer).items()
+        statistics = {name: result.get_statistics() for name, result in results}
         Path(path).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
 
     def print_quantization_results(self, quantizer: Quantizer | None = None) -> None:
         """Log time and errors of every layer; a dash where nothing was measured."""
-        for name, result in (quantizer or self.quantizer).results.items():
+        for name, result in self._results(quantizer).items():
             values = "  ".join(
                 f"{key} {'-' if value is None else format(value, '.3e')}"
                 for key, value in result.get_statistics().items()
@@ -217,6 +224,7 @@ class Runner:
         del use_gemlite
         quantizer = quantizer or self.quantizer
         config = quantizer.get_quant_config()
+        self._results(quantizer)
         model = self.model_config.load_model(device_map="cpu")
         quantizer.apply_results_to_model(model, pack_weights=pack_weights)
         num_blocks = model.config.get_text_config().num_hidden_layers
@@ -229,8 +237,7 @@ class Runner:
         self, model: PreTrainedModel, quantizer: Quantizer | None = None
     ) -> None:
         """Replace the weights of a live model by their dequantized values, in place."""
-        results: Mapping[str, QuantizationResult] = (quantizer or self.quantizer).results
-        for name, result in results.items():
+        for name, result in self._results(quantizer).items():
             weight = model.get_submodule(name).weight
             weight.data.copy_(result.dequantize(weight.device))
 
@@ -273,20 +280,13 @@ class Runner:
             logger.info("%s has no inference layer: evaluating dequantized", quantizer.name)
             dequantized_model, quantized_model = True, False
 
+        tokenizer = self.model_config.load_tokenizer()
+        text = (dataset_name, dataset_config, split, max_samples, max_length, stride)
+
         def perplexity(load: Callable[[], PreTrainedModel]) -> float:
             model = load()
             with dense_layers(model, model.dtype):
-                return calculate_perplexity(
-                    model,
-                    self.model_config.load_tokenizer(),
-                    self.model_config,
-                    dataset_name,
-                    dataset_config,
-                    split,
-                    max_samples,
-                    max_length,
-                    stride,
-                )
+                return calculate_perplexity(model, tokenizer, self.model_config, *text)
 
         return (
             perplexity(self.model_config.load_model) if original_model else None,

@@ -1,5 +1,6 @@
 """One job from its checks to its checkpoint: what ``Runner.run`` and the command line both do."""
 
+import copy
 import logging
 import shutil
 import time
@@ -17,6 +18,7 @@ from onecomp.log import format_duration
 from onecomp.models import ModelLayout, Skeleton
 from onecomp.pipeline import quantize_model
 from onecomp.progress import Progress
+from onecomp.quantizer import Quantizer
 from onecomp.store import RunDirectory
 from onecomp.worker import WorkerSettings
 
@@ -39,7 +41,13 @@ class Session:
 
     @classmethod
     def open(
-        cls, job: QuantizationJob, run_dir: Path, *, output: Path | None = None, overwrite: bool = False
+        cls,
+        job: QuantizationJob,
+        run_dir: Path,
+        *,
+        output: Path | None = None,
+        overwrite: bool = False,
+        samples: CalibrationSamples | None = None,
     ) -> "Session":
         """Check everything that can be checked before any worker starts.
 
@@ -48,6 +56,7 @@ class Session:
             run_dir: New, or begun by the same job.
             output: New checkpoint directory.
             overwrite: Begin anew in a run directory that exists, and replace the checkpoint.
+            samples: Calibration tokens; None makes them as the job says.
 
         Raises:
             UserError: The first thing that does not fit; nothing was changed.
@@ -57,7 +66,7 @@ class Session:
         run = RunDirectory(run_dir)
         skeleton = Skeleton.build(job.model_config.source, job.model_config.torch_dtype)
         layout = find_layers(job.quantizer, skeleton)
-        samples = _samples(job)
+        samples = samples or _samples(job)
         begin_anew = overwrite or not run.exists
         if not begin_anew:
             require_same_identity(run_dir, run.record(), job.record(samples))
@@ -81,8 +90,8 @@ class Session:
         for key in ("versions", "device"):
             if record[key] != now[key]:
                 logger.warning(
-                    "%s changed since the run began (%s -> %s): finished blocks are kept, but equal bits "
-                    "are promised for equal versions and devices only",
+                    "%s changed since the run began (%s -> %s): finished blocks are kept, but "
+                    "equal bits are promised for equal versions and devices only",
                     key, record[key], now[key],
                 )  # fmt: skip
         output = None if record["output"] is None else Path(record["output"])
@@ -92,8 +101,11 @@ class Session:
     @property
     def is_finished(self) -> bool:
         """Whether every block is quantized and the checkpoint is in its place."""
-        blocks = all(self.run.has_block(block.index) for block in self.layout.blocks)
-        return blocks and (self.output is None or (self.output / "config.json").is_file())
+        if not all(self.run.has_block(block.index) for block in self.layout.blocks):
+            return False
+        if self.output is None:
+            return True
+        return (self.output / "config.json").is_file() and not self.run.checkpoint.exists()
 
     def quantize(self, executor: Executor, *, report_progress: bool = True) -> None:
         """Quantize every block that is not finished, and put the checkpoint in its place.
@@ -130,10 +142,13 @@ class Session:
         if self.begin_anew:
             self.run.clear()
         record = self.job.record(self.samples)
+        record["created"] = self.run.created()
         record["output"] = None if self.output is None else str(self.output.resolve())
         self.run.begin(record, self.samples)
 
-    def writer(self, directory: Path, *, dequantized: bool, pack_weights: bool = True) -> CheckpointWriter:
+    def writer(
+        self, directory: Path, *, dequantized: bool, pack_weights: bool = True
+    ) -> CheckpointWriter:
         """Writes this model's checkpoint to ``directory``."""
         return CheckpointWriter(directory, self.job.quantizer, dequantized, pack_weights)
 
@@ -151,7 +166,7 @@ class Session:
             dtype=self.skeleton.dtype,
             device=self.job.model_config.device,
             layout=self.layout,
-            quantizer=self.job.quantizer,
+            quantizer=_without_state(self.job.quantizer),
             qep=self.job.qep,
             num_shards=num_shards,
             run=self.run,
@@ -170,6 +185,13 @@ class Session:
     def _finish_checkpoint(self) -> None:
         self._output_writer().finish(self.skeleton, self.layout.layer_names)
         install_checkpoint(self.run.checkpoint, self.output)
+
+
+def _without_state(quantizer: Quantizer) -> Quantizer:
+    """The settings alone: results of an earlier run need not travel to the workers."""
+    settings = copy.copy(quantizer)
+    settings.results, settings.module_to_name = {}, {}
+    return settings
 
 
 def _samples(job: QuantizationJob) -> CalibrationSamples | None:

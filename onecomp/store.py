@@ -11,10 +11,13 @@ RUN/
 
 import json
 import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -68,11 +71,23 @@ class RunDirectory:
         """What is being made.
 
         Raises:
-            InputError: No run was begun here.
+            InputError: No run was begun here, or its record is damaged.
         """
         if not self.exists:
             raise InputError(self.path, "is not a run directory (it holds no run.json).")
-        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(
+                self.path / "run.json",
+                f"cannot be read ({error}). Begin anew in another directory.",
+            ) from error
+
+    def created(self) -> str:
+        """When the run began, in ISO 8601, UTC: now, unless it began earlier."""
+        if self.exists:
+            return self.record()["created"]
+        return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     def samples(self) -> CalibrationSamples | None:
         """The calibration tokens; None for a run without."""
@@ -138,7 +153,6 @@ class RunDirectory:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-
     def mean_output_error(self) -> str:
         """Mean of the blocks' output errors as the journal has them; a dash where none is known."""
         path = self.path / "events.jsonl"
@@ -148,11 +162,28 @@ class RunDirectory:
         return f"{sum(errors) / len(errors):.2e}" if errors else "-"
 
 
-class StoredResults(Mapping[str, QuantizationResult]):
-    """Results by layer name, read from the run directory one block at a time."""
+class TemporaryPath:
+    """A new directory that is there as long as this object.
 
-    def __init__(self, run: RunDirectory):
-        self._run = run
+    Args:
+        prefix: Beginning of its name.
+    """
+
+    def __init__(self, prefix: str):
+        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+class StoredResults(Mapping[str, QuantizationResult]):
+    """Results by layer name, read from the run directory one block at a time.
+
+    Args:
+        run: A finished run, or one as far as it is.
+        keeps: Stays alive as long as this does: whatever would take the directory with it.
+    """
+
+    def __init__(self, run: RunDirectory, keeps: object = None):
+        self._run, self._keeps = run, keeps
         self._block_of = {
             name: int(path.stem)
             for path in sorted((run.path / "blocks").glob("*.safetensors"))

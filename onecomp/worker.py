@@ -1,10 +1,11 @@
 """The plain class behind every worker: it holds calibration shards and quantizes input groups."""
 
 import logging
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,16 @@ from torch import Tensor, nn
 from onecomp.calibration.shards import CalibrationShard
 from onecomp.export.save import CheckpointWriter
 from onecomp.jobs import GroupReceipt, quantize_group
-from onecomp.models.calls import BlockCall, CallInterner, fill_on_demand, record_calls
-from onecomp.models.layout import BlockLayout, InputGroup, ModelLayout
+from onecomp.models.calls import CallInterner, fill_on_demand, record_calls
+from onecomp.models.layout import InputGroup, ModelLayout
 from onecomp.models.skeleton import Skeleton
 from onecomp.models.source import ModelSource
-from onecomp.models.suspended import StoppingBlock, SuspendedForward
 from onecomp.qep.config import QEPConfig
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.result import QuantizationResult
 from onecomp.statistics import Contribution, ShardSums, merge_held, total
 from onecomp.store import RunDirectory
+from onecomp.stream import HeldShard, MicroBatch, OpenBlock
 
 logger = logging.getLogger(__name__)
 
@@ -44,41 +45,6 @@ class WorkerSettings:
     """Where finished blocks go in the checkpoint's format; None for results only."""
 
 
-@dataclass
-class _MicroBatch:
-    """Samples on their way through the model."""
-
-    calls: list[BlockCall]
-    hidden: Tensor
-    """Full-precision stream, in front of the block that comes next."""
-    quantized: Tensor | None
-    """The same in the model quantized so far; None where errors are not propagated."""
-    valid: Tensor | None
-    """Which rows are tokens and not padding; None when all are."""
-    original_pass: SuspendedForward | None = None
-    quantized_pass: SuspendedForward | None = None
-
-    def rows(self, inputs: Tensor) -> Tensor:
-        """Inputs as rows, padding left out."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        return rows if self.valid is None else rows[self.valid]
-
-
-@dataclass
-class _OpenBlock:
-    """The block that is being worked on: its original and, with propagation, its quantized copy."""
-
-    layout: BlockLayout
-    original: StoppingBlock
-    quantized: StoppingBlock | None
-
-
-@dataclass
-class _Shard:
-    index: int
-    micro_batches: list[_MicroBatch] = field(default_factory=list)
-
-
 class Worker:
     """Carries its calibration shards through the model and quantizes the groups it owns.
 
@@ -93,10 +59,15 @@ class Worker:
         torch.set_num_threads(1)  # products shared by threads differ in the last bit, see executor
         self.skeleton = Skeleton.build(settings.source, settings.dtype)
         self._front: Skeleton | None = Skeleton.build(settings.source, settings.dtype)
-        self._shards: list[_Shard] = []
-        self._block: _OpenBlock | None = None
+        self._shards: list[HeldShard] = []
+        self._block: OpenBlock | None = None
         self._reader = ThreadPoolExecutor(1, "read-next-block")
         self._next: tuple[int, Future[nn.Module]] | None = None
+
+    @staticmethod
+    def peak_memory_bytes() -> int:
+        """Largest resident memory of the worker's process so far."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     # Shards
 
@@ -110,13 +81,13 @@ class Worker:
         interner = CallInterner()
         for shard in shards:
             batches = [self._embed(self._front, interner, *b) for b in shard.micro_batches()]
-            self._shards.append(_Shard(shard.index, batches))
+            self._shards.append(HeldShard(shard.index, batches))
         self._front = None  # frees the embedding
         return sum(int(shard.attention_mask.sum()) for shard in shards)
 
     def _embed(
         self, skeleton: Skeleton, interner: CallInterner, input_ids: Tensor, mask: Tensor
-    ) -> _MicroBatch:
+    ) -> MicroBatch:
         is_padded = not bool(mask.all())
         hidden, calls = record_calls(
             skeleton,
@@ -124,7 +95,7 @@ class Worker:
             mask.to(self.device) if is_padded else None,
             returns_tuple=self.settings.layout.blocks_return_tuples,
         )
-        return _MicroBatch(
+        return MicroBatch(
             calls=[interner.intern(call) for call in calls[: len(self.settings.layout.blocks)]],
             hidden=hidden,
             quantized=None if self.settings.qep is None else hidden,
@@ -135,18 +106,13 @@ class Worker:
 
     def begin_block(self, block_index: int) -> None:
         """Load a block and start every micro-batch's pass through it."""
-        layout = self.settings.layout.blocks[block_index]
-        groups = [layout.short_names(group) for group in layout.groups]
-        original = StoppingBlock(self._load_block(block_index), groups)
+        original = self._load_block(block_index)
         quantized = None
         if self.settings.qep is not None:
-            quantized = StoppingBlock(self.skeleton.load_block(block_index, self.device), groups)
-        self._block = _OpenBlock(layout, original, quantized)
+            quantized = self.skeleton.load_block(block_index, self.device)
+        self._block = OpenBlock.of(self.settings.layout.blocks[block_index], original, quantized)
         for batch in self._micro_batches():
-            call = batch.calls[block_index]
-            batch.original_pass = SuspendedForward(original, call, batch.hidden)
-            if quantized is not None:
-                batch.quantized_pass = SuspendedForward(quantized, call, batch.quantized)
+            batch.enter(self._block)
 
     def _load_block(self, block_index: int) -> nn.Module:
         """The block, read ahead if it was; the next one is then read while this one is used."""
@@ -161,7 +127,7 @@ class Worker:
             self._next = following, future
         return block
 
-    def _micro_batches(self) -> list[_MicroBatch]:
+    def _micro_batches(self) -> list[MicroBatch]:
         return [batch for shard in self._shards for batch in shard.micro_batches]
 
     def observe(self, group_indices: Sequence[int]) -> list[list[Contribution]]:
@@ -177,7 +143,7 @@ class Worker:
                 for group_index, group_sums in zip(group_indices, sums, strict=True):
                     self._observe(batch, group_index, group_sums)
                 if self.settings.qep is None:
-                    self._finish_pass(batch)
+                    batch.leave(is_last=self._is_last())
             for group_leaves, group_sums in zip(leaves, sums, strict=True):
                 if (leaf := group_sums.contribution()) is not None:
                     group_leaves.append(leaf)
@@ -187,7 +153,7 @@ class Worker:
         """``observe`` for a single group: this worker's nodes of its summation tree."""
         return self.observe([group_index])[0]
 
-    def _observe(self, batch: _MicroBatch, group_index: int, sums: ShardSums) -> None:
+    def _observe(self, batch: MicroBatch, group_index: int, sums: ShardSums) -> None:
         current = batch.original_pass if batch.quantized_pass is None else batch.quantized_pass
         inputs = current.run_to(group_index)
         if inputs is None:
@@ -206,7 +172,9 @@ class Worker:
         group = self._block.layout.groups[group_index]
         if self._block.quantized is None:
             return
-        for short, name in zip(self._block.layout.short_names(group), group.layer_names, strict=True):
+        for short, name in zip(
+            self._block.layout.short_names(group), group.layer_names, strict=True
+        ):
             weight = results[name].dequantize(self.device).to(self.settings.dtype)
             layer = self._block.quantized.module.get_submodule(short)
             layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -214,16 +182,12 @@ class Worker:
     def finish_block(self) -> None:
         """Carry every pass to the end of the block; nothing follows the last one."""
         for batch in self._micro_batches():
-            self._finish_pass(batch)
+            batch.leave(is_last=self._is_last())
+        self._block.close()
         self._block = None
 
-    def _finish_pass(self, batch: _MicroBatch) -> None:
-        is_last = self._block.layout.index == len(self.settings.layout.blocks) - 1
-        if batch.original_pass is not None and not is_last:
-            batch.hidden = batch.original_pass.finish()
-            if batch.quantized_pass is not None:
-                batch.quantized = batch.quantized_pass.finish()
-        batch.original_pass = batch.quantized_pass = None
+    def _is_last(self) -> bool:
+        return self._block.layout.index == len(self.settings.layout.blocks) - 1
 
     def replay_block(self, block_index: int) -> None:
         """Carry the shards through a block that is finished already."""
@@ -264,7 +228,7 @@ class Worker:
     # Finished blocks
 
     def store(self, block_index: int, *results: Mapping[str, QuantizationResult]) -> None:
-        """Write a block's part of the checkpoint, then its results: the mark that it is finished."""
+        """Write a block's part of the checkpoint, then its results, which mark it finished."""
         merged = {name: result for part in results for name, result in part.items()}
         self.export(block_index, merged)
         self.settings.run.write_block(block_index, merged)
@@ -272,8 +236,13 @@ class Worker:
     def export(
         self, block_index: int, results: Mapping[str, QuantizationResult] | None = None
     ) -> None:
-        """Write a block's part of the checkpoint; without ``results``, from the run directory and
-        only if an earlier run did not."""
+        """Write a block's part of the checkpoint.
+
+        Args:
+            block_index: The block.
+            results: Of its layers; None for those in the run directory, unless an earlier run
+                wrote this part already.
+        """
         run, writer = self.settings.run, self.settings.writer
         if writer is None or (results is None and writer.has_block(self.skeleton, block_index)):
             return
@@ -289,4 +258,8 @@ class Worker:
 
 
 def _numbers(result: QuantizationResult) -> dict[str, float | None]:
-    return {name: value for name, value in result.get_statistics().items() if value is not None}
+    numbers: dict[str, float | None] = {
+        name: value for name, value in result.get_statistics().items() if value is not None
+    }
+    bits = result.values().get("wbits")
+    return numbers | {"bits": float(bits)} if isinstance(bits, int) else numbers

@@ -19,8 +19,12 @@ import torch
 from tiny_models import save_tiny_model
 
 
+pytest_plugins = ["shared_cluster"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Run what needs a cluster last, and skip what needs a GPU where there is none."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -52,8 +52,8 @@ def cut_shards(
     return [
         CalibrationShard(
             index,
-            samples.input_ids[first:last],
-            samples.attention_mask[first:last],
+            samples.input_ids[first:last].clone(),  # a slice would be sent with all of the samples
+            samples.attention_mask[first:last].clone(),
             max(1, MICRO_BATCH_TOKENS // length),
         )
         for index, (first, last) in enumerate(pairwise(edges))

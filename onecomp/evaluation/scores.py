@@ -18,7 +18,9 @@ class PerplexityRequest:
     stride: int
 
     @classmethod
-    def checked(cls, text_name: str, max_length: int = 2048, stride: int = 2048) -> "PerplexityRequest":
+    def checked(
+        cls, text_name: str, max_length: int = 2048, stride: int = 2048
+    ) -> "PerplexityRequest":
         """Read the text now, so that a mistake is found before any work.
 
         Raises:

@@ -1,0 +1,1 @@
+"""Checkpoints: packing, writing block by block, loading, verifying."""

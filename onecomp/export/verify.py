@@ -23,7 +23,9 @@ class Verification:
     problems: list[str]
 
 
-def verify_checkpoint(directory: Path, run: RunDirectory, source: ModelSource | None) -> Verification:
+def verify_checkpoint(
+    directory: Path, run: RunDirectory, source: ModelSource | None
+) -> Verification:
     """Load a checkpoint through the ordinary loader and compare every tensor with its origin.
 
     Quantized layers must dequantize to exactly what the run's results say, all other tensors must

@@ -1,6 +1,6 @@
 """Which model, in which precision, on which device."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 import torch
@@ -43,6 +43,7 @@ class ModelConfig:
     path: str | None = None
     dtype: str = "float16"
     device: str = "auto"
+    _: KW_ONLY
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

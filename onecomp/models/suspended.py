@@ -11,6 +11,7 @@ import torch
 from greenlet import greenlet
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from onecomp.models.calls import BlockCall
 
@@ -50,6 +51,13 @@ class SuspendedForward:
             self._resume()
         return self.output
 
+    def close(self) -> None:
+        """Give the pass up where it is, and let go of everything that it holds."""
+        if not self._passing.dead:
+            self._passing.parent = greenlet.getcurrent()
+            self._passing.throw()
+        self._stop = self._hidden = None
+
     def _resume(self) -> None:
         self._stop, self._block.running = None, self
         self._passing.parent = greenlet.getcurrent()
@@ -78,9 +86,17 @@ class StoppingBlock:
     def __init__(self, module: nn.Module, groups: Sequence[Sequence[str]]):
         self.module = module
         self.running: SuspendedForward | None = None
+        self._hooks: list[RemovableHandle] = []
         for index, names in enumerate(groups):
             for name in names:
-                layer = module.get_submodule(name)
-                layer.register_forward_pre_hook(
+                hook = module.get_submodule(name).register_forward_pre_hook(
                     lambda _layer, args, index=index: self.running.reached(index, args[0])
                 )
+                self._hooks.append(hook)
+
+    def release(self) -> None:
+        """Take the hooks away: they and the block hold each other in memory."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.running = None

@@ -1,0 +1,78 @@
+"""What every command of the command line shares: output, exit status, options from a file."""
+
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import wraps
+from pathlib import Path
+
+import typer
+import yaml
+
+from onecomp.errors import OneCompError, UserError
+
+BAD_INPUT, FAILED = 2, 1
+
+
+class _Results:
+    """Standard output as it was when the command began."""
+
+    stream = sys.stdout
+
+
+def print_result(text: str) -> None:
+    """Print a line to standard output, which holds results and nothing else."""
+    _Results.stream.write(text + "\n")
+    _Results.stream.flush()
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function a command: errors end in one message and an exit status.
+
+    What libraries print goes to standard error, so that only ``print_result`` reaches standard
+    output.
+    """
+
+    @wraps(function)
+    def run(*args: object, **kwargs: object) -> None:
+        _Results.stream = sys.stdout
+        try:
+            with redirect_stdout(sys.stderr):
+                function(*args, **kwargs)
+        except OneCompError as error:
+            sys.stderr.write(f"error: {error}\n")
+            status = BAD_INPUT if isinstance(error, UserError) else FAILED
+            raise typer.Exit(status) from error
+
+    return run
+
+
+def read_options(context: typer.Context, path: Path | None) -> Path | None:
+    """Take defaults of a command's options from a YAML file of ``option: value``.
+
+    Raises:
+        BadParameter: The file cannot be read, or holds an option that the command lacks.
+    """
+    if path is None:
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+    if not isinstance(values or {}, dict):
+        raise typer.BadParameter(f"{path} must hold lines of 'option: value'.")
+    values = {str(key).replace("_", "-"): value for key, value in (values or {}).items()}
+    names = _option_names(context)
+    if unknown := sorted(values.keys() - names):
+        raise typer.BadParameter(
+            f"{path}: unknown options: {', '.join(unknown)}. Known: {', '.join(sorted(names))}."
+        )
+    defaults = {names[key]: value for key, value in values.items()}
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _option_names(context: typer.Context) -> dict[str, str]:
+    """Name of the function's parameter by the option's name on the command line."""
+    parameters = [p for p in context.command.params if p.name not in ("config", "help")]
+    return {p.opts[0].lstrip("-").replace("_", "-"): str(p.name) for p in parameters}

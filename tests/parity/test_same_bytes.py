@@ -1,0 +1,170 @@
+"""The same job writes the same bytes, however many workers do it, in one process or on Ray."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from shared_cluster import FirstWorkers
+from torch import Tensor
+
+from actors.executor import RayExecutor
+from onecomp.calibration import CalibrationSamples
+from onecomp.calibration.shards import CalibrationShard, cut_shards
+from onecomp.executor import Executor, LocalExecutor
+from onecomp.export.save import CheckpointWriter
+from onecomp.models import ModelSource, Skeleton, inspect_model
+from onecomp.pipeline import quantize_model
+from onecomp.progress import Progress
+from onecomp.qep import QEPConfig
+from onecomp.quantizer import GPTQ
+from onecomp.statistics import FewRows, GroupStatistics
+from onecomp.store import RunDirectory
+from onecomp.worker import Worker, WorkerSettings
+
+NUM_SHARDS = 9
+LENGTH = 128
+"""Shards have 2 or 3 samples: more tokens than half of 256, some of them less than half of 640."""
+STRATEGIES = {"full-precision inputs": None, "error propagation": QEPConfig()}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run left, and what it took to get there."""
+
+    files: dict[str, bytes]
+    results: dict[str, Tensor]
+    driver_bytes: int
+
+
+@pytest.fixture(scope="module")
+def skeleton(tiny_model_dir: Callable[..., Path]) -> Skeleton:
+    directory = tiny_model_dir("llama", hidden_size=256, intermediate_size=640)
+    return Skeleton.build(ModelSource.open(directory), torch.float32)
+
+
+def samples(count: int = 19) -> CalibrationSamples:
+    """Random tokens; two samples end in padding."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 200, (count, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[4, 100:] = 0
+    mask[11, 7:] = 0
+    return CalibrationSamples(ids, mask)
+
+
+def settings(skeleton: Skeleton, qep: QEPConfig | None, run: Path) -> WorkerSettings:
+    quantizer = GPTQ(wbits=4, groupsize=64, actorder=True, static_groups=True, mse=True)
+    layout = inspect_model(skeleton, list(quantizer.select_layers(skeleton.model)))
+    run_directory = RunDirectory(run)
+    run.mkdir(parents=True)
+    writer = CheckpointWriter(run_directory.checkpoint, quantizer, dequantized=False)
+    return WorkerSettings(
+        skeleton.source,
+        torch.float32,
+        "cpu",
+        layout,
+        quantizer,
+        qep,
+        NUM_SHARDS,
+        run_directory,
+        writer,
+    )
+
+
+def shards(count: int = 19) -> list[CalibrationShard]:
+    return cut_shards(samples(count), NUM_SHARDS)
+
+
+def make(settings: WorkerSettings, executor: Executor, held: Sequence[CalibrationShard]) -> Made:
+    before = executor.driver_bytes
+    try:
+        with Progress(len(settings.layout.blocks), silent=True) as progress:
+            quantize_model(settings, held, executor, progress)
+    finally:
+        executor.stop()
+    files = sorted(settings.run.checkpoint.iterdir())
+    results = settings.run.results()
+    return Made(
+        {path.name: path.read_bytes() for path in files},
+        {name: results[name].dequantize() for name in results},
+        executor.driver_bytes - before,
+    )
+
+
+def assert_same(found: Made, expected: Made) -> None:
+    assert found.files.keys() == expected.files.keys()
+    for name, content in expected.files.items():
+        assert found.files[name] == content, name
+    assert found.results.keys() == expected.results.keys()
+    for name, weight in expected.results.items():
+        assert torch.equal(found.results[name], weight), name
+
+
+@pytest.fixture(scope="module")
+def alone(skeleton, tmp_path_factory) -> dict[str, Made]:
+    """By strategy, what one worker in this process makes."""
+    root = tmp_path_factory.mktemp("alone")
+    return {
+        name: make(settings(skeleton, qep, root / name), LocalExecutor(1), shards())
+        for name, qep in STRATEGIES.items()
+    }
+
+
+def test_the_run_has_uneven_shards_and_sends_sums_as_well_as_rows(skeleton, tmp_path):
+    cut = shards()
+    assert len(cut) == NUM_SHARDS
+    assert {len(shard.input_ids) for shard in cut} == {2, 3}
+    work = settings(skeleton, None, tmp_path / "run")
+    worker = Worker(0, work)
+    worker.hold(*cut)
+    worker.begin_block(0)
+    groups = work.layout.blocks[0].groups
+    sent = worker.observe([group.index for group in groups])
+    kinds = {
+        group.in_features: {type(part.content) for part in parts}
+        for group, parts in zip(groups, sent, strict=True)
+    }
+    assert kinds == {256: {GroupStatistics}, 640: {GroupStatistics, FewRows}}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_workers_in_this_process_write_what_one_writes(skeleton, alone, tmp_path, strategy):
+    work = settings(skeleton, STRATEGIES[strategy], tmp_path / "run")
+    made = make(work, LocalExecutor(2), shards())
+    assert len(made.files) == 3
+    assert_same(made, alone[strategy])
+
+
+def test_error_propagation_makes_something_else(alone):
+    plain, propagated = alone["full-precision inputs"], alone["error propagation"]
+    assert any(not torch.equal(plain.results[n], propagated.results[n]) for n in plain.results)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_workers_on_ray_write_what_one_process_writes(
+    skeleton, alone, tmp_path, ray_executor: RayExecutor, strategy, num_workers
+):
+    work = settings(skeleton, STRATEGIES[strategy], tmp_path / "run")
+    made = make(work, FirstWorkers(ray_executor, num_workers), shards())
+    assert_same(made, alone[strategy])
+    assert made.driver_bytes > 0
+    group = work.layout.blocks[0].groups[0]
+    smallest_tensor = group.in_features * min(group.out_features)  # codes, one byte each
+    token_bytes = 16 * 19 * LENGTH  # ids and mask, int64
+    assert made.driver_bytes - token_bytes < smallest_tensor * len(work.layout.blocks)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_of_more_text_the_driver_sees_the_tokens_only(
+    skeleton, tmp_path, ray_executor: RayExecutor, strategy
+):
+    counted = []
+    for count in (19, 38):
+        work = settings(skeleton, STRATEGIES[strategy], tmp_path / str(count))
+        counted.append(make(work, FirstWorkers(ray_executor, 2), shards(count)).driver_bytes)
+    assert counted[1] - counted[0] < 16 * 19 * LENGTH + 1000
