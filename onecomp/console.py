@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import typer
 import yaml
@@ -47,8 +48,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def read_options(context: typer.Context, path: Path | None) -> Path | None:
+def read_options(context: Any, path: Path | None) -> Path | None:
     """Take defaults of a command's options from a YAML file of ``option: value``.
+
+    Args:
+        context: The command's; the options' callbacks get a base class of ``typer.Context``.
+        path: The file.
 
     Raises:
         BadParameter: The file cannot be read, or holds an option that the command lacks.
@@ -72,7 +77,7 @@ def read_options(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _option_names(context: typer.Context) -> dict[str, str]:
+def _option_names(context: Any) -> dict[str, str]:
     """Name of the function's parameter by the option's name on the command line."""
     parameters = [p for p in context.command.params if p.name not in ("config", "help")]
     return {p.opts[0].lstrip("-").replace("_", "-"): str(p.name) for p in parameters}

@@ -210,7 +210,7 @@ def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, dict]]]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file, json.loads((file.metadata() or {})["results"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise InputError(
             path, f"cannot be read ({error}). Delete it; resume makes the block again."
         ) from error

@@ -206,7 +206,7 @@ class Worker:
         started = time.monotonic()
         settings = self.settings
         nodes = [node for part in contributions for node in part]
-        statistics = total(nodes, settings.num_shards)
+        statistics = total(nodes, settings.num_shards) if nodes else None
         results, fallbacks = quantize_group(
             settings.quantizer, self._weights(group), statistics, settings.qep
         )

@@ -18,6 +18,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_model
 
+from cluster.connect import ZERO_COPY_WARNING
 
 pytest_plugins = ["shared_cluster"]
 
@@ -25,10 +26,10 @@ pytest_plugins = ["shared_cluster"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run what needs a cluster last, and skip what needs a GPU where there is none."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.filterwarnings(f"ignore:{ZERO_COPY_WARNING}"))
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

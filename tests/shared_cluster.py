@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import ray
@@ -12,6 +14,10 @@ from actors.executor import RayExecutor
 from cluster.connect import connect, disconnect
 from onecomp.errors import LayerError
 from onecomp.executor import Executor, Ref
+from onecomp.jobs import quantize_group
+from onecomp.qep import QEPConfig
+from onecomp.quantizer import GPTQ
+from onecomp.statistics import GroupStatistics
 
 NUM_WORKERS = 3
 SPARE_CPUS = 2
@@ -19,8 +25,9 @@ SPARE_CPUS = 2
 
 @pytest.fixture(scope="session")
 def ray_executor() -> Iterator[RayExecutor]:
-    """Three workers whose processes live as long as the session; ``start`` gives them new objects."""
+    """Three workers in processes that live as long as the session; ``start`` makes new objects."""
     connect(None, num_cpus=NUM_WORKERS + SPARE_CPUS)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # not on the workers' path
     executor = RayExecutor(NUM_WORKERS)
     yield executor
     executor.stop()
@@ -77,12 +84,36 @@ class Clerk:
     def halves(self, count: int) -> tuple[torch.Tensor, int]:
         return torch.full((count,), 0.5), count
 
+    def same(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    def equal(self, first: torch.Tensor, second: torch.Tensor) -> bool:
+        return torch.equal(first, second)
+
     def checksum(self, tensor: torch.Tensor) -> float:
         return tensor.double().sum().item()
 
-    def address(self, tensor: torch.Tensor) -> tuple[int, bool]:
-        """Where the tensor lies, and whether this process may write there."""
-        return tensor.data_ptr(), bool(tensor.numpy().flags.writeable)
+    def backing_file(self, tensor: torch.Tensor) -> str:
+        """The file of shared memory in which the tensor lies; empty for memory of its own."""
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, *_, name = line.split()
+            first, last = (int(number, 16) for number in addresses.split("-"))
+            if first <= tensor.data_ptr() < last:
+                return name if name.startswith("/") else ""
+        return ""
+
+    def statistics(self, rows: torch.Tensor, original_rows: torch.Tensor) -> GroupStatistics:
+        return GroupStatistics.of(rows, original_rows)
+
+    def quantize(self, weight: torch.Tensor, statistics: GroupStatistics) -> torch.Tensor:
+        """Codes of a layer after error propagation, everything computed from what was given."""
+        method = GPTQ(wbits=4, groupsize=128, mse=True, actorder=True, calc_quant_error=True)
+        results, _ = quantize_group(method, {"layer": weight}, statistics, QEPConfig())
+        return results["layer"].qweight
+
+    def checksums(self, statistics: GroupStatistics) -> list[float]:
+        tensors = [*statistics.gram, statistics.cross]
+        return [tensor.double().sum().item() for tensor in tensors]
 
     def fail(self, name: str) -> None:
         raise LayerError(name, "its weight holds 3 NaN")
@@ -98,3 +129,18 @@ class Clerk:
 
     def node_address(self) -> str:
         return ray.util.get_node_ip_address()
+
+
+class Echo:
+    """The least that a pool asks of its actors."""
+
+    def __init__(self, number: int):
+        self.number, self.held = number, None
+
+    def make(self, make_object: Callable[..., object], *arguments: object) -> None:
+        self.held = make_object(self.number, *arguments)
+
+    def call(self, method: str, *arguments: object) -> tuple:
+        if method == "exit":
+            ray.actor.exit_actor()
+        return (self.held, method, *arguments)

@@ -22,7 +22,7 @@ class Counter:
 
 
 def started() -> LocalExecutor:
-    executor = LocalExecutor()
+    executor = LocalExecutor(1)
     executor.start(Counter, 10)
     return executor
 
@@ -48,10 +48,10 @@ def test_a_sequence_is_one_value_or_several_refs():
 def test_errors_arrive_as_they_were_raised_and_nothing_passes_a_driver():
     executor = started()
     with pytest.raises(LayerError, match=r"^layer: reason$"):
-        executor.submit(0, "fail")
+        executor.fetch(executor.submit(0, "fail"))
     assert executor.driver_bytes == 0
     assert executor.num_workers == 1
-    assert executor.describe() == "this process"
+    assert executor.describe() == "this process, 1 thread(s)"
     executor.stop()
 
 

@@ -1,0 +1,168 @@
+"""A run that is killed goes on where it was, and makes what an undisturbed run makes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import sample_text
+from typer.testing import CliRunner
+
+from onecomp.cli import app
+
+NUM_BLOCKS = 6
+SECONDS = 180
+
+
+@pytest.fixture(scope="module")
+def command(tiny_model_dir: Callable[..., Path], tmp_path_factory) -> list[str]:
+    """The quantize command without its output."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(sample_text(3000))
+    model = tiny_model_dir("llama", num_layers=NUM_BLOCKS)
+    options = ["--wbits", "4", "--calibration-dataset", str(text), "--max-length", "64"]
+    samples = ["--num-calibration-samples", "32"]
+    return ["quantize", str(model), *options, *samples, "--num-workers", "0"]
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "onecomp", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*arguments: str) -> None:
+    """Run a command to its end, in this process."""
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+
+
+def kill_when(process: subprocess.Popen, path: Path) -> None:
+    """SIGKILL as soon as ``path`` appears."""
+    deadline = time.monotonic() + SECONDS
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"{path} never appeared"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def block_file(run: Path, index: int) -> Path:
+    return run / "blocks" / f"{index:05d}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    finish(*command, "--output", str(output))
+    return output
+
+
+def killed(command: list[str], output: Path, block: int) -> Path:
+    """Run directory of a run that was killed when it had finished a block.
+
+    The last block leaves a moment until the checkpoint is in its place; a run that gets there
+    before the signal is thrown away and begun anew.
+    """
+    run = output.with_name("out.run")
+    for _attempt in range(5):
+        kill_when(start(*command, "--output", str(output)), block_file(run, block))
+        if not output.exists():
+            return run
+        shutil.rmtree(output)
+        shutil.rmtree(run)
+    raise AssertionError(f"every run was over before it was killed at block {block}")
+
+
+@pytest.fixture(scope="module")
+def killed_early(command, tmp_path_factory) -> Path:
+    """Run directory of a run that has its second block."""
+    return killed(command, tmp_path_factory.mktemp("early") / "out", 1)
+
+
+@pytest.fixture
+def early(killed_early, tmp_path_factory) -> Iterator[Path]:
+    """The same; whatever a test does to it is undone."""
+    kept = tmp_path_factory.mktemp("kept") / "run"
+    shutil.copytree(killed_early, kept)
+    yield killed_early
+    for path in (killed_early, killed_early.with_name("out")):
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(kept, killed_early)
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def test_a_run_killed_at_its_second_block_is_resumed(early, undisturbed):
+    assert not block_file(early, NUM_BLOCKS - 1).exists()
+    kept = block_file(early, 0).stat().st_mtime_ns
+    finish("resume", str(early), "--num-workers", "0")
+    assert files(early.with_name("out")) == files(undisturbed)
+    assert block_file(early, 0).stat().st_mtime_ns == kept
+    made = [event["block"] for event in events(early, "block")]
+    assert len(made) == len(set(made)) <= NUM_BLOCKS
+
+
+def test_the_same_command_goes_on_where_the_run_was(early, undisturbed, command):
+    kept = block_file(early, 0).stat().st_mtime_ns
+    output = early.with_name("out")
+    finish(*command, "--output", str(output))
+    assert files(output) == files(undisturbed)
+    assert block_file(early, 0).stat().st_mtime_ns == kept
+
+
+def test_a_damaged_record_is_named(early, capfd):
+    (early / "run.json").write_text("{")
+    done = CliRunner().invoke(app, ["resume", str(early)])
+    assert done.exit_code == 2
+    assert f"error: {early / 'run.json'}: cannot be read (" in done.stderr
+
+
+def test_a_run_killed_behind_its_last_block_is_resumed_once(command, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    run = killed(command, output, NUM_BLOCKS - 1)
+    finish("resume", str(run), "--num-workers", "0")
+    assert files(output) == files(undisturbed)
+    before = {p: p.stat().st_mtime_ns for p in [*output.rglob("*"), *run.rglob("*")]}
+    finish("resume", str(run))
+    assert {p: p.stat().st_mtime_ns for p in [*output.rglob("*"), *run.rglob("*")]} == before
+
+
+def test_an_old_checkpoint_does_not_make_a_run_look_finished(command, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    (output / "config.json").write_text("{}")
+    kill_when(
+        start(*command, "--output", str(output), "--overwrite"),
+        block_file(tmp_path / "out.run", NUM_BLOCKS - 1),
+    )
+    finish("resume", str(tmp_path / "out.run"), "--num-workers", "0")
+    assert files(output) == files(undisturbed)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_executor")  # its cluster is used, with two workers of its own
+def test_a_run_killed_in_one_process_is_resumed_on_two_ray_workers(early, undisturbed):
+    finish("resume", str(early), "--num-workers", "2")
+    assert files(early.with_name("out")) == files(undisturbed)
+    [finished] = events(early, "finished")
+    assert finished["workers"] == 2
