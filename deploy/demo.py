@@ -60,10 +60,9 @@ def quantize(dataset: str) -> None:
 
 
 def perplexity(directory: Path, dataset: str) -> float:
-    """Perplexity of the model in ``directory`` on ``dataset``, in windows of 512 tokens."""
-    answer = run_onecomp(
-        "eval", str(directory), "--ppl", dataset, "--max-length", "512", "--stride", "512", "--json"
-    )
+    """Perplexity on the first 16384 tokens of ``dataset``, in windows of 512 tokens."""
+    windows = ("--max-length", "512", "--stride", "512", "--max-tokens", "16384")
+    answer = run_onecomp("eval", str(directory), "--ppl", dataset, *windows, "--json")
     return json.loads(answer)["perplexity"]
 
 

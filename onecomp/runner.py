@@ -1,6 +1,5 @@
 """The Python API: quantize, save, evaluate. A table of contents; the work is done elsewhere."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from onecomp.export.save import has_format
 from onecomp.job import QuantizationJob
 from onecomp.models import ModelConfig
 from onecomp.qep import QEPConfig
-from onecomp.quantizer import QuantizationResult, Quantizer
+from onecomp.quantizer import QuantizationResult, Quantizer, result_files
 from onecomp.quantizer.quant_linear import dense_layers
 from onecomp.session import Session, require_no_checkpoint
 from onecomp.store import StoredResults, TemporaryPath
@@ -190,18 +189,12 @@ class Runner:
         self, path: str | Path, quantizer: Quantizer | None = None
     ) -> None:
         """Write time and errors of every layer as JSON."""
-        results = self._results(quantizer).items()
-        statistics = {name: result.get_statistics() for name, result in results}
-        Path(path).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+        result_files.save_statistics(self._results(quantizer), path)
 
     def print_quantization_results(self, quantizer: Quantizer | None = None) -> None:
         """Log time and errors of every layer; a dash where nothing was measured."""
         for name, result in self._results(quantizer).items():
-            values = "  ".join(
-                f"{key} {'-' if value is None else format(value, '.3e')}"
-                for key, value in result.get_statistics().items()
-            )
-            logger.info("%s  %s", name, values)
+            logger.info("%s  %s", name, result_files.statistics_line(result))
 
     # Live models
 

@@ -96,10 +96,10 @@ class Clerk:
     def backing_file(self, tensor: torch.Tensor) -> str:
         """The file of shared memory in which the tensor lies; empty for memory of its own."""
         for line in Path("/proc/self/maps").read_text().splitlines():
-            addresses, *_, name = line.split()
-            first, last = (int(number, 16) for number in addresses.split("-"))
+            columns = line.split(maxsplit=5)
+            first, last = (int(number, 16) for number in columns[0].split("-"))
             if first <= tensor.data_ptr() < last:
-                return name if name.startswith("/") else ""
+                return columns[5] if len(columns) == 6 else ""
         return ""
 
     def statistics(self, rows: torch.Tensor, original_rows: torch.Tensor) -> GroupStatistics:

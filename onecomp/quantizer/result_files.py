@@ -1,5 +1,6 @@
 """Results on disk: tensors and plain values only, so that reading a file runs no code."""
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,3 +51,17 @@ def load_results(filepath: str | Path) -> dict[str, QuantizationResult]:
             "Pickled objects are refused because reading them can run code; "
             "write the file again with save_results.",
         ) from error
+
+
+def save_statistics(results: Mapping[str, QuantizationResult], filepath: str | Path) -> None:
+    """Write time and errors of every layer as JSON."""
+    statistics = {name: result.get_statistics() for name, result in results.items()}
+    Path(filepath).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+
+
+def statistics_line(result: QuantizationResult) -> str:
+    """Time and errors of one layer in words; a dash for what was not measured."""
+    return "  ".join(
+        f"{name} {'-' if value is None else format(value, '.3e')}"
+        for name, value in result.get_statistics().items()
+    )

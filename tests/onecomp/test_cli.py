@@ -181,6 +181,8 @@ def test_eval_measures_original_and_quantized_models(made, model, text):
         assert found[directory]["model"] == str(directory)
     assert found[model]["num_tokens"] == found[made]["num_tokens"] > 1000
     assert found[model]["perplexity"] != found[made]["perplexity"]
+    first = done("eval", model, "--ppl", text, "--max-length", 64, "--max-tokens", 200, "--json")
+    assert json.loads(first)["num_tokens"] < 200
     line = done("eval", made, "--ppl", text, "--max-length", 64, "--stride", 64)
     assert line.startswith(f"perplexity {found[made]['perplexity']:.4f}  {made}  text {text}  ")
 
@@ -194,6 +196,16 @@ def test_a_file_of_options_is_used_and_the_command_line_wins(model, small, text,
     assert quantizer["method"] == "RTN"
     assert [quantizer[name] for name in ("wbits", "sym", "groupsize")] == [5, False, 32]
     assert len(events(tmp_path / "out.run", "evaluation")) == 2
+
+
+def test_a_run_can_be_resumed_from_another_working_directory(model, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    given = ["--quantizer", "rtn", "--output", tmp_path / "out"]
+    done("quantize", model.name, *given, *small)
+    assert RunDirectory(tmp_path / "out.run").record()["model"]["id"] == str(model)
+    (tmp_path / "out" / "config.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert done("resume", "out.run", "--num-workers", 0) == f"{tmp_path / 'out'}\n"
 
 
 # What it refuses
@@ -399,11 +411,3 @@ def test_json_is_all_that_reaches_standard_output(made):
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["ok"] is True
     assert ran.stdout.count("\n") == 1
-
-
-def test_bad_input_ends_with_status_2_and_one_message(tmp_path):
-    ran = run_program("quantize", tmp_path / "nowhere", "--output", tmp_path / "out")
-    assert ran.returncode == 2
-    assert ran.stdout == ""
-    assert "error: " in ran.stderr
-    assert "Traceback" not in ran.stderr

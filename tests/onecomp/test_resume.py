@@ -20,7 +20,7 @@ NUM_BLOCKS = 6
 SECONDS = 180
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def command(tiny_model_dir: Callable[..., Path], tmp_path_factory) -> list[str]:
     """The quantize command without its output."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
@@ -67,7 +67,7 @@ def block_file(run: Path, index: int) -> Path:
     return run / "blocks" / f"{index:05d}.safetensors"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(command, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     finish(*command, "--output", str(output))
@@ -90,7 +90,7 @@ def killed(command: list[str], output: Path, block: int) -> Path:
     raise AssertionError(f"every run was over before it was killed at block {block}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def killed_early(command, tmp_path_factory) -> Path:
     """Run directory of a run that has its second block."""
     return killed(command, tmp_path_factory.mktemp("early") / "out", 1)
@@ -147,15 +147,17 @@ def test_a_run_killed_behind_its_last_block_is_resumed_once(command, undisturbed
     assert {p: p.stat().st_mtime_ns for p in [*output.rglob("*"), *run.rglob("*")]} == before
 
 
-def test_an_old_checkpoint_does_not_make_a_run_look_finished(command, undisturbed, tmp_path):
-    output = tmp_path / "out"
-    shutil.copytree(undisturbed, output)
+def test_an_old_checkpoint_does_not_make_a_run_look_finished(undisturbed, tmp_path):
+    """With --overwrite, killed when every block was there and the checkpoint not in its place."""
+    output, run = tmp_path / "out", tmp_path / "out.run"
+    shutil.copytree(undisturbed.with_name("out.run"), run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"output": str(output)}))
+    shutil.copytree(undisturbed, run / "checkpoint")
+    (run / "checkpoint" / "config.json").unlink()
+    output.mkdir()
     (output / "config.json").write_text("{}")
-    kill_when(
-        start(*command, "--output", str(output), "--overwrite"),
-        block_file(tmp_path / "out.run", NUM_BLOCKS - 1),
-    )
-    finish("resume", str(tmp_path / "out.run"), "--num-workers", "0")
+    finish("resume", str(run), "--num-workers", "0")
     assert files(output) == files(undisturbed)
 
 

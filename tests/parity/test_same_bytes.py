@@ -38,7 +38,7 @@ class Made:
     driver_bytes: int
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def skeleton(tiny_model_dir: Callable[..., Path]) -> Skeleton:
     directory = tiny_model_dir("llama", hidden_size=256, intermediate_size=640)
     return Skeleton.build(ModelSource.open(directory), torch.float32)
@@ -102,7 +102,7 @@ def assert_same(found: Made, expected: Made) -> None:
         assert torch.equal(found.results[name], weight), name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(skeleton, tmp_path_factory) -> dict[str, Made]:
     """By strategy, what one worker in this process makes."""
     root = tmp_path_factory.mktemp("alone")
