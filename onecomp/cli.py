@@ -195,14 +195,16 @@ def evaluate(
     directory: Annotated[str, typer.Argument(help="Checkpoint, quantized or not, or a Hub id.")],
     ppl: Annotated[str, typer.Option(help="wikitext2, c4, a file, or a Hub id.")],
     max_length: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    stride: Annotated[int, typer.Option(help="Tokens from one window to the next.")] = 2048,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next. Default: --max-length.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Only the first tokens of the text. Default: all.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of a checkpoint."""
-    request = PerplexityRequest.checked(ppl, max_length, stride, max_tokens)
+    request = PerplexityRequest.checked(ppl, max_length, stride or max_length, max_tokens)
     scores = evaluate_checkpoint(directory, request)
     if as_json:
         print_result(json.dumps({"model": directory, **scores}))
