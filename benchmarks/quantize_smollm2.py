@@ -8,7 +8,6 @@ calibrates (32 x 512 tokens), its second half is what perplexity is measured on.
 
 import argparse
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from onecomp.evaluation.perplexity import perplexity_of_tokens
 from onecomp.job import QuantizationJob
 from onecomp.models import InputGroup, ModelLayout
 from onecomp.session import Session
+from onecomp.worker import peak_memory_bytes
 
 SAMPLES, LENGTH = 32, 512
 ALL = {"mse": True, "actorder": True, "static_groups": True, "weighted_mse": True}
@@ -248,7 +248,7 @@ def _measure_memory(model: Path, run: Path) -> tuple[float, float]:
     refs = [ref for n in range(2) for ref in executor.submit(n, "peak_memory_bytes")]
     worker = max(executor.fetch(refs)) / 2**20
     executor.stop()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, worker
+    return peak_memory_bytes() / 2**20, worker
 
 
 def _in_child(function: object, *arguments: object) -> tuple[float, float]:

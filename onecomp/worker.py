@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Worker:
     @staticmethod
     def peak_memory_bytes() -> int:
         """Largest resident memory of the worker's process so far."""
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak_memory_bytes()
 
     # Shards
 
@@ -263,3 +264,15 @@ def _numbers(result: QuantizationResult) -> dict[str, float | None]:
     }
     bits = result.values().get("wbits")
     return numbers | {"bits": float(bits)} if isinstance(bits, int) else numbers
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process since it began.
+
+    Linux counts in ``ru_maxrss`` what the parent had when it forked; ``VmHWM`` does not.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    [line] = [row for row in status.read_text().splitlines() if row.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
