@@ -62,7 +62,6 @@ class BlockInFlight:
     results: list[Ref] = field(default_factory=list)
     receipts: list[Ref] = field(default_factory=list)
     groups: list[InputGroup] = field(default_factory=list)
-    observed: list[Ref] = field(default_factory=list)
     stored: list[Ref] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 

@@ -1,6 +1,5 @@
 """The plain class behind every worker: it holds calibration shards and quantizes input groups."""
 
-import logging
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,6 @@ from onecomp.quantizer.result import QuantizationResult
 from onecomp.statistics import Contribution, ShardSums, merge_held, total
 from onecomp.store import RunDirectory
 from onecomp.stream import HeldShard, MicroBatch, OpenBlock
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One factorisation of a Hessian, shared by everything that solves with it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -59,7 +58,3 @@ class HessianFactors:
                 self.fallbacks.append(f"percdamp {percdamp:g} -> {percdamp * more:g} in {dtype}")
             return factor
         raise QuantizationError(reason)
-
-
-ColumnOrder = Callable[[Float[Tensor, "in in"]], Tensor | None]
-"""From a Hessian to the order in which a quantizer solves its columns."""
