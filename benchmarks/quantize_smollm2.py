@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("speed", "memory", "accuracy"))
     parser.add_argument("--windows", type=int, default=24, help="512-token windows to evaluate on")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each speed setting")
+    parser.add_argument("--match", default="*", help="accuracy settings to run, a glob pattern")
     parser.add_argument(
         "--full", action="store_true", help="every accuracy setting, not the ten main ones"
     )
@@ -61,7 +63,8 @@ def main() -> None:
         if arguments.only in (None, "memory"):
             print_memory(Path(folder))
         if arguments.only in (None, "accuracy"):
-            print_accuracy(bench, full=arguments.full)
+            settings = accuracy_settings(full=arguments.full)
+            print_accuracy(bench, [s for s in settings if fnmatchcase(s.label, arguments.match)])
 
 
 class Bench:
@@ -276,14 +279,14 @@ def accuracy_settings(*, full: bool) -> list[Setting]:
     return rows
 
 
-def print_accuracy(bench: Bench, *, full: bool) -> None:
+def print_accuracy(bench: Bench, settings: list[Setting]) -> None:
     """Perplexity relative to the original's."""
     model = AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32).eval()
     original = bench.perplexity(model)
     print(f"\noriginal perplexity {original:.3f} on {len(bench.evaluation)} tokens\n")
     print("| setting | perplexity | relative to original | mean output error |")
     print("|---|---|---|---|")
-    for setting in accuracy_settings(full=full):
+    for setting in settings:
         session = bench.session(setting)
         executor = LocalExecutor()
         session.quantize(executor, report_progress=False)

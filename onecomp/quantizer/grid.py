@@ -15,6 +15,8 @@ from onecomp.errors import QuantizationError
 SMALLEST_SCALE = 2.0**-24
 """Smallest positive float16; a group of zeros, or of weights too small for float16, gets it."""
 LARGEST_SCALE = 65504.0
+SMALLEST_SQUARE = 2.0**-40
+"""Added to squared errors in units of the scale, since the logarithm of zero is slow."""
 SEARCH_CHUNK = 1 << 17
 """Weights searched at once: a chunk and its temporaries stay in a processor's cache."""
 
@@ -167,17 +169,17 @@ def _search(
     sym: bool,
     search: GridSearch,
 ) -> tuple[Tensor, Tensor]:
-    best = _Best(_Candidates(low, high, wbits, sym, search.steps), columns, importance, search.norm)
-    last = max(1, int(0.8 * search.steps)) - 1
-    for step in range(0, last + 1, search.stride):
-        for sign in (1, -1) if sym else (1,):
-            best.try_candidate(torch.tensor(sign * (step + 1.0), device=low.device))
-    sign = torch.sign(best.candidate)
+    candidates = _Candidates(low, high, wbits, sym, search.steps)
+    best = _Best(candidates, columns, importance, search.norm)
+    last = max(1, int(0.8 * search.steps))
+    coarse = torch.arange(1.0, last + 1, search.stride, device=low.device)[:, None]
+    best.try_candidates(torch.cat([coarse, -coarse]) if sym else coarse)
+    sign = torch.sign(best.number)
     stride = search.stride // 2
     while stride >= 1:
-        centre = best.candidate.abs()
-        for offset in (-stride, stride):
-            best.try_candidate((centre + offset).clamp_(1, last + 1).mul_(sign))
+        centre = best.number.abs()
+        around = torch.cat([centre - stride, centre + stride])
+        best.try_candidates(around.clamp_(1, last).mul_(sign))
         stride //= 2
     return best.grid()
 
@@ -186,18 +188,20 @@ def _search(
 class _Candidates:
     """The grids of a search by number: ``step + 1``, negative for a negative scale."""
 
-    low: Tensor
-    high: Tensor
+    low: Float[Tensor, "1 k"]
+    high: Float[Tensor, "1 k"]
     wbits: int
     sym: bool
     steps: int
 
-    def grid(self, number: Tensor) -> tuple[Tensor, Tensor | int]:
-        """Scale and zero point of one candidate number per group-row, or one for all."""
-        shrink = (self.steps + 1 - number.abs()) / self.steps
+    def grids(
+        self, numbers: Float[Tensor, "candidates _"]
+    ) -> tuple[Float[Tensor, "candidates k"], Float[Tensor, "candidates k"]]:
+        """Scales and zero points; numbers are given for each group-row, or once for all."""
+        shrink = (self.steps + 1 - numbers.abs()) / self.steps
         if self.sym:
             scale = _storable(self.high * (shrink * (2 / (2**self.wbits - 1))))
-            return scale * torch.sign(number), 2 ** (self.wbits - 1)
+            return scale.mul_(torch.sign(numbers)), torch.full_like(scale, 2 ** (self.wbits - 1))
         return _grid_of_range(shrink * self.low, shrink * self.high, self.wbits, self.sym)
 
 
@@ -205,36 +209,48 @@ class _Best:
     """The best candidate so far of every group-row."""
 
     def __init__(
-        self, candidates: _Candidates, columns: Tensor, importance: Tensor | None, norm: float
+        self,
+        candidates: _Candidates,
+        columns: Float[Tensor, "columns k"],
+        importance: Float[Tensor, "columns k"] | None,
+        norm: float,
     ):
-        self._candidates, self._columns = candidates, columns
-        self._importance, self._norm = importance, norm
+        self._candidates, self._columns, self._norm = candidates, columns, norm
+        self._log_importance = _log_relative(importance) if importance is not None else None
         self._buffers = torch.empty_like(columns), torch.empty_like(columns)
         self._error = torch.full_like(candidates.low, torch.inf)
-        self.candidate = torch.ones_like(candidates.low)
+        self.number = torch.ones_like(candidates.low)
 
-    def try_candidate(self, number: Tensor) -> None:
-        """Compare one candidate per group-row, or one for all, with the best so far."""
-        error = self._error_of(*self._candidates.grid(number))
-        self.candidate = torch.where(error < self._error, number, self.candidate)
-        self._error = torch.minimum(error, self._error)
+    def try_candidates(self, numbers: Float[Tensor, "candidates _"]) -> None:
+        """Compare candidates, one number each for all group-rows or one for every group-row."""
+        scales, zero_points = self._candidates.grids(numbers)
+        inverses, factors = 1 / scales, scales.abs().pow_(self._norm)
+        lowest = -zero_points
+        highest = lowest + (2**self._candidates.wbits - 1)
+        for i, number in enumerate(numbers):
+            error = self._error_in_steps(inverses[i], lowest[i], highest[i]) * factors[i]
+            self.number = torch.where(error < self._error, number, self.number)
+            self._error = torch.minimum(error, self._error)
 
-    def grid(self) -> tuple[Tensor, Tensor]:
+    def grid(self) -> tuple[Float[Tensor, "1 k"], Float[Tensor, "1 k"]]:
         """Scale and zero point of the best."""
-        scale, zero_point = self._candidates.grid(self.candidate)
-        return scale, torch.zeros_like(scale) + zero_point
+        return self._candidates.grids(self.number)
 
-    def _error_of(self, scale: Tensor, zero_point: Tensor | int) -> Tensor:
+    def _error_in_steps(self, inverse: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+        """Sum of ``importance * |error / scale| ** norm``, through logarithms for speed."""
         exact, codes = self._buffers
-        torch.mul(self._columns, 1 / scale, out=exact)
+        torch.mul(self._columns, inverse, out=exact)
         torch.round(exact, out=codes)
-        codes.clamp_(-zero_point, 2**self._candidates.wbits - 1 - zero_point)
-        error = _power(exact.sub_(codes).abs_(), self._norm)
-        if self._importance is not None:
-            error.mul_(self._importance)
-        return error.sum(dim=0, keepdim=True).mul_(scale.abs().pow_(self._norm))
+        torch.clamp(codes, lowest, highest, out=codes)
+        logarithm = exact.sub_(codes).square_().add_(SMALLEST_SQUARE).log_()
+        if self._log_importance is None:
+            logarithm.mul_(self._norm / 2)
+        else:
+            torch.add(self._log_importance, logarithm, alpha=self._norm / 2, out=logarithm)
+        return logarithm.exp_().sum(dim=0)
 
 
-def _power(positive: Tensor, exponent: float) -> Tensor:
-    """``positive ** exponent`` in place; through the logarithm four times as fast as ``pow_``."""
-    return positive.square_() if exponent == 2 else positive.log_().mul_(exponent).exp_()
+def _log_relative(importance: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
+    """Logarithm relative to each group's largest, bounded below where ``exp`` is still fast."""
+    largest = importance.amax(dim=0).clamp_(min=torch.finfo(importance.dtype).tiny)
+    return (importance / largest).clamp_(min=SMALLEST_SQUARE).log_()
