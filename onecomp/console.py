@@ -28,18 +28,22 @@ def print_result(text: str) -> None:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a command: errors end in one message and an exit status.
+    """Make a function without a body a command: ``commands`` has what it does, by the same name.
 
-    What libraries print goes to standard error, so that only ``print_result`` reaches standard
-    output.
+    Errors end in one message and an exit status. What libraries print goes to standard error, so
+    that only ``print_result`` reaches standard output.
     """
 
     @wraps(function)
-    def run(*args: object, **kwargs: object) -> None:
+    def run(**options: object) -> None:
+        from onecomp import commands  # noqa: PLC0415 - takes seconds, which --help need not wait
+
+        options.pop("config", None)  # has become the defaults of the others
         _Results.stream = sys.stdout
         try:
             with redirect_stdout(sys.stderr):
-                function(*args, **kwargs)
+                commands.quiet_libraries()
+                getattr(commands, function.__name__)(**options)
         except OneCompError as error:
             sys.stderr.write(f"error: {error}\n")
             status = BAD_INPUT if isinstance(error, UserError) else FAILED

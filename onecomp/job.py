@@ -1,6 +1,7 @@
 """What is to be made: one description that the Runner, the command line and ``resume`` share."""
 
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass
@@ -15,6 +16,8 @@ from onecomp.errors import ConfigError, InputError
 from onecomp.models import ModelConfig, ModelLayout, ModelSource, Skeleton, inspect_model
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import Quantizer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_GROUPSIZES = (128, 64, 32)
 VERSIONED = ("torch", "transformers", "safetensors")
@@ -173,6 +176,30 @@ def find_layers(quantizer: Quantizer, skeleton: Skeleton) -> ModelLayout:
     if problems:
         raise ConfigError(type(quantizer).__name__, problems)
     return inspect_model(skeleton, inside)
+
+
+def log_coverage(skeleton: Skeleton, layout: ModelLayout) -> None:
+    """Say how much of the blocks' weights is quantized; warn of layers fused in one tensor."""
+    weights = {
+        name: parameter
+        for name, parameter in skeleton.model.named_parameters()
+        if name.startswith(skeleton.blocks_name + ".") and parameter.ndim > 1
+    }
+    num_weights = sum(weight.numel() for weight in weights.values())
+    quantized = sum(group.num_weights for group in layout.groups)
+    logger.info(
+        "quantizing %d layers with %.1f %% of the weights in the decoder blocks",
+        len(layout.layer_names), 100 * quantized / num_weights,
+    )  # fmt: skip
+    fused = {name: weight for name, weight in weights.items() if weight.ndim > 2}
+    if fused:
+        name, weight = max(fused.items(), key=lambda item: item[1].numel())
+        logger.warning(
+            "%d tensors with %.1f %% of these weights are fused layers, which are not quantized: "
+            "%s %s is one",
+            len(fused), 100 * sum(w.numel() for w in fused.values()) / num_weights,
+            name, tuple(weight.shape),
+        )  # fmt: skip
 
 
 def default_groupsize(quantizer: Quantizer, skeleton: Skeleton) -> int:

@@ -14,8 +14,6 @@ from onecomp.errors import QuantizationError
 
 STRIP_COLUMNS = 128
 MAX_STRIPS = 16
-ROWS_AT_ONCE = 512
-"""From about a thousand rows on, a CPU product splits its sum over rows among its threads."""
 
 
 @contextmanager
@@ -36,24 +34,13 @@ def strip_bounds(size: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def tall_product(
-    left: Float[Tensor, "tokens a"], right: Float[Tensor, "tokens b"]
-) -> Float[Tensor, "a b"]:
-    """``left.T @ right``; on the CPU 512 rows at a time, each entry's sum within one thread."""
-    step = ROWS_AT_ONCE if left.device.type == "cpu" else max(1, len(left))
-    product = left[:step].T @ right[:step]
-    for start in range(step, len(left), step):
-        product.addmm_(left[start : start + step].T, right[start : start + step])
-    return product
-
-
 def gram_strips(rows: Float[Tensor, "tokens in"]) -> list[Float[Tensor, "_ _"]]:
     """Upper part of ``rows.T @ rows`` as strips; strip i holds columns from its own first on.
 
     Computing strips instead of the whole matrix uses its symmetry: about 55 % of the operations
     and of the bytes to send.
     """
-    return [tall_product(rows[:, a:b], rows[:, a:]) for a, b in strip_bounds(rows.shape[1])]
+    return [rows[:, a:b].T @ rows[:, a:] for a, b in strip_bounds(rows.shape[1])]
 
 
 def from_strips(strips: list[Float[Tensor, "_ _"]]) -> Float[Tensor, "in in"]:

@@ -165,17 +165,26 @@ class Runner:
                 "save_quantized_model", [f"save_format={save_format!r}: must be 'auto'."]
             )
         self.quantizer.get_quant_config()
-        return self._export(save_directory, dequantized=False, pack_weights=pack_weights)
+        return self._export(
+            save_directory, self.quantizer, dequantized=False, pack_weights=pack_weights
+        )
 
     def save_dequantized_model(self, path: str | Path, quantizer: Quantizer | None = None) -> Path:
-        """Write the model with dequantized weights in its own dtype, block by block."""
-        del quantizer
-        return self._export(path, dequantized=True, pack_weights=True)
+        """Write the model with dequantized weights in its own dtype, block by block.
 
-    def _export(self, path: str | Path, *, dequantized: bool, pack_weights: bool) -> Path:
+        Args:
+            path: New directory.
+            quantizer: Whose results; default: the Runner's.
+        """
+        return self._export(path, quantizer or self.quantizer, dequantized=True, pack_weights=True)
+
+    def _export(
+        self, path: str | Path, quantizer: Quantizer, *, dequantized: bool, pack_weights: bool
+    ) -> Path:
         session, path = self._finished(), Path(path)
         require_no_checkpoint(path)
-        session.export(session.writer(path, dequantized=dequantized, pack_weights=pack_weights))
+        writer = session.writer(path, dequantized=dequantized, pack_weights=pack_weights)
+        session.export(writer, self._results(quantizer))
         return path
 
     def save_quantization_results(

@@ -4,6 +4,7 @@ import copy
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,20 @@ from onecomp.calibration import CalibrationSamples, prepare_calibration_samples
 from onecomp.calibration.shards import cut_shards
 from onecomp.errors import InputError
 from onecomp.executor import Executor
-from onecomp.export.checkpoint import SINGLE_SHARD
+from onecomp.export.checkpoint import CONFIG, SINGLE_SHARD
 from onecomp.export.save import CheckpointWriter, has_format
-from onecomp.job import QuantizationJob, differences, find_layers, require_same_identity
+from onecomp.job import (
+    QuantizationJob,
+    differences,
+    find_layers,
+    log_coverage,
+    require_same_identity,
+)
 from onecomp.log import format_duration
 from onecomp.models import ModelLayout, Skeleton
 from onecomp.pipeline import quantize_model
 from onecomp.progress import Progress
-from onecomp.quantizer import Quantizer
+from onecomp.quantizer import QuantizationResult, Quantizer
 from onecomp.store import RunDirectory
 from onecomp.worker import WorkerSettings
 
@@ -38,6 +45,8 @@ class Session:
     """Where the checkpoint goes; None keeps results only."""
     begin_anew: bool
     """Whether what the run directory holds is removed when the work starts."""
+    evaluation_text: str | None = None
+    """Text that the checkpoint is to be evaluated on; kept for whoever resumes the run."""
 
     @classmethod
     def open(
@@ -48,6 +57,7 @@ class Session:
         output: Path | None = None,
         overwrite: bool = False,
         samples: CalibrationSamples | None = None,
+        evaluation_text: str | None = None,
     ) -> "Session":
         """Check everything that can be checked before any worker starts.
 
@@ -57,20 +67,21 @@ class Session:
             output: New checkpoint directory.
             overwrite: Begin anew in a run directory that exists, and replace the checkpoint.
             samples: Calibration tokens; None makes them as the job says.
+            evaluation_text: What to evaluate on afterwards, for the record.
 
         Raises:
             UserError: The first thing that does not fit; nothing was changed.
         """
-        if output is not None and not overwrite:
-            require_no_checkpoint(output)
         run = RunDirectory(run_dir)
+        if output is not None and not overwrite and not _is_being_installed(run, output):
+            require_no_checkpoint(output)
         skeleton = Skeleton.build(job.model_config.source, job.model_config.torch_dtype)
         layout = find_layers(job.quantizer, skeleton)
         samples = samples or _samples(job)
         begin_anew = overwrite or not run.exists
         if not begin_anew:
             require_same_identity(run_dir, run.record(), job.record(samples))
-        return cls(job, run, skeleton, layout, samples, output, begin_anew)
+        return cls(job, run, skeleton, layout, samples, output, begin_anew, evaluation_text)
 
     @classmethod
     def reopen(cls, run_dir: Path) -> "Session":
@@ -96,7 +107,10 @@ class Session:
                 )  # fmt: skip
         output = None if record["output"] is None else Path(record["output"])
         layout = find_layers(job.quantizer, skeleton)
-        return cls(job, run, skeleton, layout, samples, output, begin_anew=False)
+        return cls(
+            job, run, skeleton, layout, samples, output, begin_anew=False,
+            evaluation_text=record.get("evaluation_text"),
+        )  # fmt: skip
 
     @property
     def is_finished(self) -> bool:
@@ -105,7 +119,7 @@ class Session:
             return False
         if self.output is None:
             return True
-        return (self.output / "config.json").is_file() and not self.run.checkpoint.exists()
+        return (self.output / CONFIG).is_file() and not self.run.checkpoint.exists()
 
     def quantize(self, executor: Executor, *, report_progress: bool = True) -> None:
         """Quantize every block that is not finished, and put the checkpoint in its place.
@@ -139,11 +153,18 @@ class Session:
         )
 
     def _begin(self) -> None:
+        log_coverage(self.skeleton, self.layout)
+        if self.output is not None and not has_format(self.job.quantizer):
+            logger.warning(
+                "%s has no checkpoint format: the checkpoint holds dequantized weights",
+                self.job.quantizer.name,
+            )
         if self.begin_anew:
             self.run.clear()
         record = self.job.record(self.samples)
         record["created"] = self.run.created()
         record["output"] = None if self.output is None else str(self.output.resolve())
+        record["evaluation_text"] = self.evaluation_text
         self.run.begin(record, self.samples)
 
     def writer(
@@ -152,13 +173,14 @@ class Session:
         """Writes this model's checkpoint to ``directory``."""
         return CheckpointWriter(directory, self.job.quantizer, dequantized, pack_weights)
 
-    def export(self, writer: CheckpointWriter) -> None:
-        """Write a whole checkpoint from the stored results, one block in memory at a time."""
+    def export(self, writer: CheckpointWriter, results: Mapping[str, QuantizationResult]) -> None:
+        """Write a whole checkpoint from results by layer name, one block in memory at a time."""
         writer.write_outer(self.skeleton)
         for index in range(len(self.skeleton.blocks)):
-            results = self.run.read_block(index) if self.run.has_block(index) else {}
-            writer.write_block(self.skeleton, index, results)
-        writer.finish(self.skeleton, self.layout.layer_names)
+            prefix = self.skeleton.block_name(index) + "."
+            of_block = {name: results[name] for name in results if name.startswith(prefix)}
+            writer.write_block(self.skeleton, index, of_block)
+        writer.finish(self.skeleton, list(results))
 
     def _settings(self, num_shards: int) -> WorkerSettings:
         return WorkerSettings(
@@ -174,13 +196,7 @@ class Session:
         )
 
     def _output_writer(self) -> CheckpointWriter:
-        dequantized = not has_format(self.job.quantizer)
-        if dequantized:
-            logger.warning(
-                "%s has no checkpoint format: the checkpoint holds dequantized weights",
-                self.job.quantizer.name,
-            )
-        return self.writer(self.run.checkpoint, dequantized=dequantized)
+        return self.writer(self.run.checkpoint, dequantized=not has_format(self.job.quantizer))
 
     def _finish_checkpoint(self) -> None:
         self._output_writer().finish(self.skeleton, self.layout.layer_names)
@@ -209,7 +225,7 @@ def require_no_checkpoint(output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise InputError(output, "is a file. Give a directory that does not exist yet.")
-    if (output / "config.json").exists() or any(output.glob("*.safetensors")):
+    if (output / CONFIG).exists() or any(output.glob("*.safetensors")):
         raise InputError(
             output,
             "already holds a checkpoint. Give another --output, or --overwrite to replace it "
@@ -217,11 +233,18 @@ def require_no_checkpoint(output: Path) -> None:
         )
 
 
+def _is_being_installed(run: RunDirectory, output: Path) -> bool:
+    """Whether a run was interrupted while it moved its checkpoint to its place."""
+    if (output / CONFIG).exists() or not run.exists or not run.checkpoint.is_dir():
+        return False
+    return run.record()["output"] == str(output.resolve())
+
+
 def install_checkpoint(staging: Path, output: Path) -> None:
     """Move a complete checkpoint to its place; weights of an older one there are removed."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.json").unlink(missing_ok=True)  # no checkpoint until the last file is there
-    new = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+    (output / CONFIG).unlink(missing_ok=True)  # no checkpoint until the last file is there
+    new = sorted(staging.iterdir(), key=lambda path: path.name == CONFIG)
     stale = {*output.glob("model-*.safetensors"), output / SINGLE_SHARD}
     for path in stale - {output / new_path.name for new_path in new}:
         path.unlink(missing_ok=True)

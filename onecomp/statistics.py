@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.errors import LayerError
-from onecomp.linalg import from_strips, gram_strips, tall_product
+from onecomp.linalg import from_strips, gram_strips
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class GroupStatistics:
         cross = None
         if original_rows is not None:
             original_rows = original_rows.reshape(-1, rows.shape[-1]).float()
-            cross = tall_product(original_rows - rows, rows)
+            cross = (original_rows - rows).T @ rows
         return cls(len(rows), gram_strips(rows), cross)
 
     def __add__(self, other: "GroupStatistics") -> "GroupStatistics":

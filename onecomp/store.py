@@ -10,6 +10,7 @@ RUN/
 """
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -148,18 +149,46 @@ class RunDirectory:
     # Events
 
     def append(self, event: str, **fields: object) -> None:
-        """Add one line to the journal."""
-        line = {"event": event, "time": round(time.time(), 3), **fields}
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add one line to the journal, behind half a line that a killed run may have left."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n"
+        with (self.path / "events.jsonl").open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
+
+    def events(self, kind: str) -> list[dict]:
+        """Events of one kind, in order."""
+        events, _ = read_events(self.path / "events.jsonl")
+        return [event for event in events if event.get("event") == kind]
 
     def mean_output_error(self) -> str:
         """Mean of the blocks' output errors as the journal has them; a dash where none is known."""
-        path = self.path / "events.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        blocks = {e["block"]: e for e in map(json.loads, lines) if e["event"] == "block"}
-        errors = [e["output_error"] for e in blocks.values() if e["output_error"] is not None]
+        blocks = {event["block"]: event["output_error"] for event in self.events("block")}
+        errors = [error for error in blocks.values() if error is not None]
         return f"{sum(errors) / len(errors):.2e}" if errors else "-"
+
+
+def read_events(path: Path) -> tuple[list[dict], int]:
+    """Events of a journal in order, and the number of unreadable lines.
+
+    A run that is killed may leave half a line. At the end it is what any reader of a live run
+    sees; in the middle, where a resumed run went on, it is counted.
+    """
+    if not path.is_file():
+        return [], 0
+    *lines, last = path.read_bytes().split(b"\n")
+    events = [_parse_event(line) for line in lines if line.strip()]
+    readable = [event for event in [*events, _parse_event(last)] if event is not None]
+    return readable, events.count(None)
+
+
+def _parse_event(line: bytes) -> dict | None:
+    try:
+        event = json.loads(line)
+    except ValueError:  # includes undecodable bytes
+        return None
+    return event if isinstance(event, dict) else None
 
 
 class TemporaryPath:

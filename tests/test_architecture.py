@@ -18,7 +18,7 @@ FORBIDDEN = {
     "actors": {"deploy", "tests"},
 }
 """Top-level names a package never imports, at its top or inside a function."""
-DOORS = {("onecomp/executor.py", "default_executor"), ("onecomp/cli.py", None)}
+DOORS = {("onecomp/executor.py", "default_executor"), ("onecomp/commands.py", None)}
 """File and function (None: any) that may import `cluster` and `actors`, at call time only."""
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_FILE_LINES = 500
@@ -99,8 +99,8 @@ def test_packages_import_only_what_they_may(package):
         ("onecomp/executor.py", "def default_executor():\n    import ray", False),
         ("onecomp/executor.py", "from actors.executor import RayExecutor", False),
         ("onecomp/executor.py", "def other():\n    from actors.executor import X", False),
-        ("onecomp/cli.py", "def submit():\n    from cluster.jobs import submit_job", True),
-        ("onecomp/cli.py", "from cluster.jobs import submit_job", False),
+        ("onecomp/commands.py", "def submit():\n    from cluster.jobs import submit_job", True),
+        ("onecomp/commands.py", "from cluster.jobs import submit_job", False),
         ("cluster/pool.py", "import ray\nimport rayleigh", True),
         ("cluster/pool.py", "from onecomp.errors import UserError", False),
         ("actors/executor.py", "import ray\nfrom onecomp import Runner\nimport cluster.pool", True),

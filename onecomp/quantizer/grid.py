@@ -39,19 +39,6 @@ class Grid:
         """Largest code."""
         return 2**self.wbits - 1
 
-    def encode(
-        self, columns: Float[Tensor, "*columns out"], group: int
-    ) -> Float[Tensor, "*columns out"]:
-        """Nearest codes (whole numbers in float32) of columns that belong to one group."""
-        codes = torch.round(columns / self.scale[group]).add_(self.zero_point[group])
-        return codes.clamp_(0, self.maxq)
-
-    def decode(
-        self, codes: Float[Tensor, "*columns out"], group: int
-    ) -> Float[Tensor, "*columns out"]:
-        """Values of codes that belong to one group."""
-        return (codes - self.zero_point[group]).mul_(self.scale[group])
-
 
 @dataclass(frozen=True)
 class GridSearch:

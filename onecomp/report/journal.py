@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onecomp.errors import InputError
+from onecomp.store import read_events
 
 JsonObject = Mapping[str, object]
 
@@ -69,7 +70,7 @@ def read_journal(run_dir: Path) -> Journal:
         InputError: ``run_dir`` holds no readable ``run.json``.
     """
     run = _read_run(run_dir / RUN_FILE)
-    events, num_unreadable = _read_events(run_dir / EVENTS_FILE)
+    events, num_unreadable = read_events(run_dir / EVENTS_FILE)
     groups = _last_of_each(events, "group")
     finished = [event for event in events if event.get("event") == "finished"]
     evaluations = {
@@ -120,28 +121,6 @@ def _read_run(path: Path) -> JsonObject:
     if not isinstance(run, dict):
         raise InputError(path, "is not a JSON object. Restore it, or start the run again.")
     return run
-
-
-def _read_events(path: Path) -> tuple[list[JsonObject], int]:
-    """Events in order, and the number of unreadable lines.
-
-    A run that is killed may leave half a line. At the end it is what any reader of a live run
-    sees; in the middle, where a resumed run went on, it is counted.
-    """
-    if not path.is_file():
-        return [], 0
-    *lines, last = path.read_bytes().split(b"\n")
-    events = [_parse(line) for line in lines if line.strip()]
-    readable = [event for event in [*events, _parse(last)] if event is not None]
-    return readable, events.count(None)
-
-
-def _parse(line: bytes) -> JsonObject | None:
-    try:
-        event = json.loads(line)
-    except ValueError:  # includes undecodable bytes
-        return None
-    return event if isinstance(event, dict) else None
 
 
 def _last_of_each(events: list[JsonObject], kind: str) -> list[JsonObject]:

@@ -108,6 +108,14 @@ def test_the_defaults_are_the_ones_that_serve_the_user(made):
     assert (made.with_name("out.run") / "report.html").is_file()
 
 
+def test_help_does_not_wait_for_torch():
+    code = "import sys, onecomp.cli as cli; cli.app(['--help'], standalone_mode=False)"
+    code += "; sys.exit('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "Quantize a model and write a checkpoint." in answer.stdout
+
+
 @pytest.mark.parametrize(("hidden", "groupsize"), [(128, 128), (96, 32)])
 def test_the_groupsize_is_the_largest_that_fits_every_layer(
     tiny_model_dir, small, tmp_path, caplog, hidden, groupsize
@@ -130,6 +138,19 @@ def test_round_to_nearest_and_evaluation(model, small, text, tmp_path, caplog):
     assert found["quantized"] != found["original"]
     for what, perplexity in found.items():
         assert f"perplexity of the {what} model: {perplexity:.4f}" in caplog.text
+
+
+def test_resume_makes_up_for_evaluations_that_were_cut_off(model, small, text, tmp_path):
+    output, run = tmp_path / "out", tmp_path / "out.run"
+    options = ["--quantizer", "rtn", "--eval", text]
+    done("quantize", model, "--output", output, *options, *small)
+    original, quantized = events(run, "evaluation")
+    journal = (run / "events.jsonl").read_text()
+    (run / "events.jsonl").write_text(journal[: journal.index(json.dumps(quantized)) + 9])
+    assert done("resume", run) == f"{output}\n"
+    kept, again = RunDirectory(run).events("evaluation")
+    assert kept == original
+    assert again["perplexity"] == quantized["perplexity"]
 
 
 def test_the_dtype_is_the_checkpoints_and_the_text_can_be_the_models_own(model, tmp_path):

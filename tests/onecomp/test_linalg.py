@@ -12,7 +12,6 @@ from onecomp.linalg import (
     one_thread,
     quadratic_form,
     strip_bounds,
-    tall_product,
 )
 
 SIZES = [1, 7, 127, 128, 300, 2100]
@@ -55,12 +54,6 @@ def test_gram_strips_are_the_upper_part_of_the_gram_matrix(size):
     gram = rows.T @ rows
     for (a, b), strip in zip(strip_bounds(size), gram_strips(rows), strict=True):
         torch.testing.assert_close(strip, gram[a:b, a:])
-
-
-@pytest.mark.parametrize("num_rows", [1, 511, 512, 513, 1300])
-def test_tall_product_is_the_product_for_any_number_of_rows(num_rows):
-    left, right = (draw(num_rows, 20, seed=seed, dtype=torch.float64) for seed in (0, 1))
-    torch.testing.assert_close(tall_product(left, right), left.T @ right)
 
 
 @pytest.mark.parametrize("size", SIZES)

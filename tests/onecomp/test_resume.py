@@ -161,6 +161,25 @@ def test_an_old_checkpoint_does_not_make_a_run_look_finished(undisturbed, tmp_pa
     assert files(output) == files(undisturbed)
 
 
+@pytest.mark.parametrize("again", ["resume", "quantize"])
+def test_a_run_killed_while_its_checkpoint_moves_is_completed(
+    command, undisturbed, tmp_path, again
+):
+    """Half of the files are in their place, config.json is still to come."""
+    output, run = tmp_path / "out", tmp_path / "out.run"
+    shutil.copytree(undisturbed.with_name("out.run"), run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"output": str(output)}))
+    for number, path in enumerate(sorted(undisturbed.iterdir())):
+        is_moved = number % 2 and path.name != "config.json"
+        place = output if is_moved else run / "checkpoint"
+        place.mkdir(exist_ok=True)
+        shutil.copy(path, place)
+    resume = ["resume", str(run), "--num-workers", "0"]
+    finish(*(resume if again == "resume" else [*command, "--output", str(output)]))
+    assert files(output) == files(undisturbed)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_executor")  # its cluster is used, with two workers of its own
 def test_a_run_killed_in_one_process_is_resumed_on_two_ray_workers(early, undisturbed):

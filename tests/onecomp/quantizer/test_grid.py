@@ -140,13 +140,13 @@ def test_a_symmetric_search_uses_a_negative_scale_for_a_longer_positive_side():
 
 
 @pytest.mark.parametrize("sym", [False, True])
-def test_encode_and_decode_agree_with_rounding_all_groups_at_once(sym):
-    groups = heavy_tailed(3, 32, 10)
-    grid = fit_grid(groups, wbits=4, sym=sym)
-    codes = round_to_nearest(groups, grid)
-    for g in range(3):
-        assert torch.equal(grid.encode(groups[g], g).int(), codes[g])
-        assert torch.equal(grid.decode(codes[g].float(), g), dequantized(groups, grid)[g])
+def test_zeros_and_weights_without_importance_do_not_disturb_the_search(sym):
+    groups = heavy_tailed(2, 16, 10)
+    with_zeros = torch.cat([groups, torch.zeros_like(groups)], dim=1)
+    important = torch.cat([torch.ones(2, 16), torch.zeros(2, 16)], dim=1)
+    settings = {"wbits": 3, "sym": sym, "search": GridSearch()}
+    grid = fit_grid(groups, **settings)
+    assert torch.equal(fit_grid(with_zeros, **settings, importance=important).scale, grid.scale)
 
 
 @pytest.mark.parametrize("sym", [False, True])

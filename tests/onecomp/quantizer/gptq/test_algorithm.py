@@ -52,8 +52,9 @@ def brain_surgeon(
             columns = live[:, i : i + rule.groupsize].T.float()[None]
             grid = fit_grid(columns, wbits=rule.wbits, sym=rule.sym, search=rule.search)
             group = 0
-        codes[:, i] = grid.encode(live[None, :, i].float(), group)[0]
-        values[:, i] = grid.decode(codes[None, :, i].float(), group)[0]
+        scale, zero_point = grid.scale[group], grid.zero_point[group]
+        codes[:, i] = (torch.round(live[:, i].float() / scale) + zero_point).clamp(0, grid.maxq)
+        values[:, i] = (codes[:, i].float() - zero_point) * scale
         error = (live[:, i] - values[:, i]) / inverse[i, i]
         live = live - error[:, None] * inverse[i]
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]

@@ -1,0 +1,27 @@
+"""What ``import onecomp`` offers; each name is imported when it is first used."""
+
+# Relative, because lazy_loader reads nothing else.
+
+from .calibration import CalibrationConfig as CalibrationConfig
+from .errors import ConfigError as ConfigError
+from .errors import InputError as InputError
+from .errors import LayerError as LayerError
+from .errors import OneCompError as OneCompError
+from .errors import WorkerError as WorkerError
+from .evaluation import calculate_perplexity as calculate_perplexity
+from .executor import Executor as Executor
+from .executor import LocalExecutor as LocalExecutor
+from .executor import default_executor as default_executor
+from .export.load import QuantizedModelLoader as QuantizedModelLoader
+from .export.load import load_quantized_model as load_quantized_model
+from .log import setup_logger as setup_logger
+from .models import ModelConfig as ModelConfig
+from .qep import QEPConfig as QEPConfig
+from .quantizer import GPTQ as GPTQ
+from .quantizer import RTN as RTN
+from .quantizer import GPTQResult as GPTQResult
+from .quantizer import QuantizationResult as QuantizationResult
+from .quantizer import Quantizer as Quantizer
+from .quantizer import ResultLoader as ResultLoader
+from .quantizer import RTNResult as RTNResult
+from .runner import Runner as Runner
