@@ -59,6 +59,7 @@ def quantize(  # noqa: PLR0913 - one parameter per option
     calibration_dataset: Annotated[
         str, typer.Option(help="c4, wikitext2, self (sampled from the model), a file, or a Hub id.")
     ] = "c4",
+    text_key: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     num_calibration_samples: Annotated[int, typer.Option(help="Samples.")] = 128,
     max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,

@@ -17,7 +17,7 @@ from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
 from onecomp.executor import default_executor
 from onecomp.export.verify import verify_checkpoint
 from onecomp.job import QuantizationJob, default_groupsize
-from onecomp.models import ModelConfig, ModelSource, Skeleton
+from onecomp.models import ModelConfig, ModelSource, Skeleton, max_positions
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ, RTN, Quantizer
 from onecomp.report import write_report
@@ -25,6 +25,9 @@ from onecomp.session import Session
 from onecomp.store import RunDirectory
 
 logger = logging.getLogger(__name__)
+
+EVALUATION_LENGTH = 2048
+"""Tokens of a window, as published perplexities have them."""
 
 
 def quiet_libraries() -> None:
@@ -49,6 +52,7 @@ class JobOptions:
     static_groups: bool
     qep: bool
     calibration_dataset: str
+    text_key: str
     max_length: int
     num_calibration_samples: int
     seed: int
@@ -72,6 +76,7 @@ class JobOptions:
             self.num_calibration_samples,
             strategy="drop_rand" if self.calibration_dataset == "c4" else "concat_chunk",
             seed=self.seed,
+            text_key=self.text_key,
         )
         qep = QEPConfig() if self.qep and method.flag_hessian else None
         return QuantizationJob(model_config, method, calibration, qep)
@@ -121,7 +126,7 @@ def _complete(
 ) -> None:
     """Quantize, evaluate and report, as far as it is not done yet; print the checkpoint's place."""
     evaluations = _missing_evaluations(session)
-    request = PerplexityRequest.checked(session.evaluation_text) if evaluations else None
+    request = _evaluation_request(session) if evaluations else None
     is_finished = session.is_finished
     if not is_finished:
         _log_settings(session)
@@ -142,6 +147,15 @@ def _complete(
     if session.output is not None:
         print_result(str(session.output))
         logger.info("load it with onecomp.load_quantized_model(%r)", str(session.output))
+
+
+def _evaluation_request(session: Session) -> PerplexityRequest:
+    """Windows of 2048 tokens, or as many as the model can read."""
+    model = session.skeleton.model
+    max_length = min(EVALUATION_LENGTH, max_positions(model) or EVALUATION_LENGTH)
+    request = PerplexityRequest.checked(session.evaluation_text, max_length)
+    request.require_fit(model, session.job.model_config.load_tokenizer())
+    return request
 
 
 def _missing_evaluations(session: Session) -> Mapping[str, object]:
@@ -180,7 +194,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Print the perplexity of a checkpoint."""
-    request = PerplexityRequest.checked(ppl, max_length, stride or max_length, max_tokens)
+    request = PerplexityRequest.checked(ppl, max_length, stride, max_tokens)
     scores = evaluate_checkpoint(directory, request)
     if as_json:
         print_result(json.dumps({"model": directory, **scores}))
@@ -205,17 +219,36 @@ def verify(directory: Path, run_dir: Path | None, as_json: bool) -> None:
             f"{found.num_layers} quantized layers and {found.num_other_tensors} other tensors "
             f"compared, {len(found.problems)} differ"
         )
+        if found.num_not_compared:
+            print_result(f"{found.num_not_compared} tensors were not compared: no original model")
     if found.problems:
         raise typer.Exit(FAILED)
 
 
 def _original(run: RunDirectory) -> ModelSource | None:
+    """The model that the run quantized; None, with a warning, where it cannot be read any more.
+
+    Its own code runs only if the user allowed it for the run.
+
+    Raises:
+        InputError: Another model is in its place.
+    """
     model = run.record()["model"]
     try:
-        return ModelSource.open(model["id"])
+        source = ModelSource.open(model["id"], trust_remote_code=model["trust_remote_code"])
     except InputError as error:
-        logger.warning("only quantized layers are compared: the original model is gone (%s)", error)
+        logger.warning(
+            "only quantized layers are compared: the original model cannot be read (%s)", error
+        )
         return None
+    if source.content_hash != model["hash"]:
+        raise InputError(
+            source.directory,
+            "is not the model that the run quantized: its content hash changed from "
+            f"{model['hash'][:12]} to {source.content_hash[:12]}. Put that model back, or move "
+            "this one away to compare the quantized layers only.",
+        )
+    return source
 
 
 def report(run: Path) -> None:

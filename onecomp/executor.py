@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakSet
 
 import torch
 
@@ -84,6 +85,7 @@ class LocalExecutor(Executor):
         self.num_workers = num_workers or natural
         self._threads: list[ThreadPoolExecutor] = []
         self._workers: list[Future[object]] = []
+        self._returned: WeakSet[Future] = WeakSet()
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
         """Make every worker on a thread of its own."""
@@ -103,9 +105,10 @@ class LocalExecutor(Executor):
         self, worker: int, method: str, *arguments: object, num_returns: int = 1
     ) -> list[Ref]:
         """Queue a call on the worker's thread; Refs are futures."""
-        returned: list[Ref] = [Future() for _ in range(num_returns)]
+        returned = [Future() for _ in range(num_returns)]
+        self._returned.update(returned)
         self._threads[worker].submit(self._call, worker, method, arguments, returned)
-        return returned
+        return [*returned]
 
     def _call(
         self, worker: int, method: str, arguments: Sequence[object], returned: Sequence[Future]
@@ -113,23 +116,36 @@ class LocalExecutor(Executor):
         try:
             values = [a.result() if isinstance(a, Future) else a for a in arguments]
             value = getattr(self._workers[worker].result(), method)(*values)
+            parts = [value] if len(returned) == 1 else value
+            answers = [*zip(returned, parts, strict=True)]
         except BaseException as error:  # noqa: BLE001 - handed to whoever fetches the value
             for future in returned:
-                future.set_exception(error)
+                if _claim(future):
+                    future.set_exception(error)
             return
-        for future, part in zip(returned, [value] if len(returned) == 1 else value, strict=True):
-            future.set_result(part)
+        for future, part in answers:
+            if _claim(future):
+                future.set_result(part)
 
     def fetch(self, refs: Sequence[Ref]) -> list:
         """Wait for the values."""
         return [ref.result() for ref in refs]
 
     def stop(self) -> None:
-        """End the threads; calls that have not begun are dropped."""
+        """End the threads; calls that have not begun are dropped.
+
+        Values that are still to come are cancelled: whoever waits for one, another worker
+        included, gets a CancelledError.
+        """
         for thread in self._threads:
-            thread.shutdown(wait=True, cancel_futures=True)
+            thread.shutdown(wait=False, cancel_futures=True)
+        for future in list(self._returned):
+            future.cancel()
+        for thread in self._threads:
+            thread.shutdown(wait=True)
         self._threads.clear()
         self._workers.clear()
+        self._returned.clear()
         torch.set_num_threads(self._num_torch_threads)
 
     @property
@@ -140,6 +156,11 @@ class LocalExecutor(Executor):
     def describe(self) -> str:
         """Number of threads."""
         return f"this process, {self.num_workers} thread(s)"
+
+
+def _claim(future: Future) -> bool:
+    """Take the right to set the value; False if ``stop`` has cancelled it."""
+    return future.set_running_or_notify_cancel()
 
 
 def default_executor(

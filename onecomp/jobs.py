@@ -90,7 +90,11 @@ def _corrected(
     delta = None if statistics is None else statistics.delta()
     if qep is None or delta is None or factors is None:
         return weights
-    factor = factors.at(qep.percdamp)
+    try:
+        factor = factors.at(qep.percdamp)
+    except QuantizationError as error:
+        factors.fallbacks.append(f"weights not corrected: {error}")
+        return weights
     return {
         name: corrected_weight(weight, delta, factor, qep.perccorr)
         if qep.corrects(name)

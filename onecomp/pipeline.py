@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from onecomp.calibration.shards import CalibrationShard
@@ -40,18 +40,30 @@ def quantize_model(
     crew = Crew(executor, settings, shards)
     strategy = choose_strategy(settings)
     crew.export_outside(settings.layout)
+    blocks = settings.layout.blocks
+    unfinished = {block.index for block in blocks if not settings.run.has_block(block.index)}
+    for is_new, stretch in itertools.groupby(blocks, lambda block: block.index in unfinished):
+        if is_new:
+            crew.wait()  # until the shards are here: no replay counts in the pace of new blocks
+            progress.begin_work()
+            _quantize_blocks(stretch, strategy, crew, progress)
+        else:
+            for block in stretch:
+                crew.reuse(block, is_passed=any(index > block.index for index in unfinished))
+    crew.wait()
+
+
+def _quantize_blocks(
+    blocks: Iterable[BlockLayout], strategy: "Strategy", crew: "Crew", progress: Progress
+) -> None:
+    """Quantize neighbouring blocks, a few of them in flight; all are collected at the end."""
     in_flight: list[BlockInFlight] = []
-    unfinished = [b.index for b in settings.layout.blocks if not settings.run.has_block(b.index)]
-    for block in settings.layout.blocks:
-        if block.index not in unfinished:
-            crew.reuse(block, is_passed=any(index > block.index for index in unfinished))
-            continue
+    for block in blocks:
         in_flight.append(crew.finish(strategy.quantize_block(block, crew)))
         if len(in_flight) > strategy.blocks_in_flight:
             crew.collect(in_flight.pop(0), progress)
     for block_in_flight in in_flight:
         crew.collect(block_in_flight, progress)
-    crew.wait()
 
 
 @dataclass

@@ -45,7 +45,8 @@ class Progress:
     """Counts finished blocks and says when the rest will be done.
 
     Use as a context manager. On a terminal it draws a bar that vanishes at the end; elsewhere it
-    logs each block at INFO. The clock starts at construction.
+    logs each block at INFO. The pace is that of new blocks: its clock starts at construction, and
+    anew with ``begin_work``.
 
     Args:
         total: Blocks of the model.
@@ -65,7 +66,7 @@ class Progress:
         silent: bool = False,
     ) -> None:
         self.total, self.reused, self.done = total, reused, reused
-        self._clock, self._started_s = clock, clock()
+        self._clock, self._work_s, self._since_s = clock, 0.0, clock()
         self._bar = _make_bar(sys.stderr if stream is None else stream, silent)
         self._level = logging.INFO if self._bar.disable and not silent else logging.DEBUG
         self._row = self._bar.add_task(
@@ -79,10 +80,19 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
+    def begin_work(self) -> None:
+        """New blocks are worked on from now on; what passed since the last one is not their time.
+
+        Called when the shards have been carried through blocks that an earlier run finished.
+        """
+        self._since_s = self._clock()
+
     def finished_block(
         self, output_error: float | None, calibrate_s: float, quantize_s: float
     ) -> BlockProgress:
         """Report one more block and return what was reported."""
+        now_s = self._clock()
+        self._work_s, self._since_s = self._work_s + now_s - self._since_s, now_s
         self.done += 1
         progress = BlockProgress(
             done=self.done,
@@ -102,8 +112,7 @@ class Progress:
         return progress
 
     def _eta_s(self) -> float:
-        elapsed_s = self._clock() - self._started_s
-        return elapsed_s / (self.done - self.reused) * (self.total - self.done)
+        return self._work_s / (self.done - self.reused) * (self.total - self.done)
 
 
 def _make_bar(stream: TextStream, silent: bool) -> RichProgress:

@@ -11,13 +11,14 @@ from onecomp.calibration import CalibrationConfig, prepare_calibration_samples
 from onecomp.errors import ConfigError
 from onecomp.evaluation import calculate_perplexity
 from onecomp.executor import Executor, default_executor
+from onecomp.export.install import require_no_checkpoint
 from onecomp.export.save import has_format
 from onecomp.job import QuantizationJob
 from onecomp.models import ModelConfig
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import QuantizationResult, Quantizer, result_files
 from onecomp.quantizer.quant_linear import dense_layers
-from onecomp.session import Session, require_no_checkpoint
+from onecomp.session import Session
 from onecomp.store import StoredResults, TemporaryPath
 
 logger = logging.getLogger(__name__)

@@ -2,17 +2,23 @@
 
 import copy
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from onecomp.calibration import CalibrationSamples, prepare_calibration_samples
+from onecomp.calibration.config import SELF
 from onecomp.calibration.shards import cut_shards
 from onecomp.errors import InputError
 from onecomp.executor import Executor
-from onecomp.export.checkpoint import CONFIG, SINGLE_SHARD
+from onecomp.export.checkpoint import CONFIG
+from onecomp.export.install import (
+    install_checkpoint,
+    require_apart,
+    require_directory,
+    require_no_checkpoint,
+)
 from onecomp.export.save import CheckpointWriter, has_format
 from onecomp.job import (
     QuantizationJob,
@@ -22,7 +28,14 @@ from onecomp.job import (
     require_same_identity,
 )
 from onecomp.log import format_duration
-from onecomp.models import ModelLayout, Skeleton
+from onecomp.models import (
+    ModelLayout,
+    ModelSource,
+    Skeleton,
+    require_known_tokens,
+    require_positions,
+    require_stored_tensors,
+)
 from onecomp.pipeline import quantize_model
 from onecomp.progress import Progress
 from onecomp.quantizer import QuantizationResult, Quantizer
@@ -44,7 +57,9 @@ class Session:
     output: Path | None
     """Where the checkpoint goes; None keeps results only."""
     begin_anew: bool
-    """Whether what the run directory holds is removed when the work starts."""
+    """Whether what an earlier run left in the directory is set aside when the work starts."""
+    may_replace: bool = False
+    """Whether a checkpoint that is in the output's place may be replaced."""
     evaluation_text: str | None = None
     """Text that the checkpoint is to be evaluated on; kept for whoever resumes the run."""
 
@@ -72,16 +87,20 @@ class Session:
         Raises:
             UserError: The first thing that does not fit; nothing was changed.
         """
-        run = RunDirectory(run_dir)
-        if output is not None and not overwrite and not _is_being_installed(run, output):
-            require_no_checkpoint(output)
+        run, output = RunDirectory(_absolute(run_dir)), output and _absolute(output)
+        _require_places(run, output, job.model_config.source, may_replace=overwrite)
         skeleton = Skeleton.build(job.model_config.source, job.model_config.torch_dtype)
+        require_stored_tensors(skeleton)
         layout = find_layers(job.quantizer, skeleton)
-        samples = samples or _samples(job)
+        samples = samples or _samples(job, skeleton)
+        if samples is not None:
+            require_known_tokens(skeleton.model, samples.input_ids)
         begin_anew = overwrite or not run.exists
         if not begin_anew:
             require_same_identity(run_dir, run.record(), job.record(samples))
-        return cls(job, run, skeleton, layout, samples, output, begin_anew, evaluation_text)
+        return cls(
+            job, run, skeleton, layout, samples, output, begin_anew, overwrite, evaluation_text
+        )
 
     @classmethod
     def reopen(cls, run_dir: Path) -> "Session":
@@ -90,10 +109,21 @@ class Session:
         Raises:
             InputError: No run, or a model that changed since.
         """
-        run = RunDirectory(run_dir)
+        run = RunDirectory(_absolute(run_dir))
         record = run.record()
-        job = QuantizationJob.from_record(record)
+        try:
+            job = QuantizationJob.from_record(record)
+            output = None if record["output"] is None else Path(record["output"])
+            may_replace, evaluation_text = record["overwrite"], record["evaluation_text"]
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                run.path / "run.json",
+                f"does not describe a run of this version ({error!r}). Begin anew elsewhere.",
+            ) from error
+        if not _has_checkpoint_in_place(run, output):
+            _require_places(run, output, job.model_config.source, may_replace=may_replace)
         skeleton = Skeleton.build(job.model_config.source, job.model_config.torch_dtype)
+        require_stored_tensors(skeleton)
         samples = run.samples()
         now = job.record(samples)
         if changed := differences(record, now):
@@ -105,21 +135,20 @@ class Session:
                     "equal bits are promised for equal versions and devices only",
                     key, record[key], now[key],
                 )  # fmt: skip
-        output = None if record["output"] is None else Path(record["output"])
         layout = find_layers(job.quantizer, skeleton)
         return cls(
             job, run, skeleton, layout, samples, output, begin_anew=False,
-            evaluation_text=record.get("evaluation_text"),
+            may_replace=may_replace, evaluation_text=evaluation_text,
         )  # fmt: skip
 
     @property
     def is_finished(self) -> bool:
         """Whether every block is quantized and the checkpoint is in its place."""
-        if not all(self.run.has_block(block.index) for block in self.layout.blocks):
+        if self.begin_anew or not all(
+            self.run.has_block(block.index) for block in self.layout.blocks
+        ):
             return False
-        if self.output is None:
-            return True
-        return (self.output / CONFIG).is_file() and not self.run.checkpoint.exists()
+        return _has_checkpoint_in_place(self.run, self.output)
 
     def quantize(self, executor: Executor, *, report_progress: bool = True) -> None:
         """Quantize every block that is not finished, and put the checkpoint in its place.
@@ -139,6 +168,7 @@ class Session:
             quantize_model(self._settings(len(shards)), shards, executor, progress)
         if self.output is not None:
             self._finish_checkpoint()
+        self.run.drop_replaced()
         self.run.append(
             "finished",
             seconds=time.monotonic() - started,
@@ -160,10 +190,11 @@ class Session:
                 self.job.quantizer.name,
             )
         if self.begin_anew:
-            self.run.clear()
+            self.run.set_aside()
         record = self.job.record(self.samples)
         record["created"] = self.run.created()
-        record["output"] = None if self.output is None else str(self.output.resolve())
+        record["output"] = None if self.output is None else str(self.output)
+        record["overwrite"] = self.may_replace
         record["evaluation_text"] = self.evaluation_text
         self.run.begin(record, self.samples)
 
@@ -210,44 +241,41 @@ def _without_state(quantizer: Quantizer) -> Quantizer:
     return settings
 
 
-def _samples(job: QuantizationJob) -> CalibrationSamples | None:
+def _samples(job: QuantizationJob, skeleton: Skeleton) -> CalibrationSamples | None:
     if not job.quantizer.flag_calibration:
         return None
+    require_positions(
+        skeleton.model,
+        job.calibration.max_length,
+        may_extrapolate=job.calibration.dataset_name != SELF,
+    )
     tokenizer = job.model_config.load_tokenizer()
     return prepare_calibration_samples(job.calibration, tokenizer, job.model_config.load_model)
 
 
-def require_no_checkpoint(output: Path) -> None:
-    """Check that a directory holds no model.
-
-    Raises:
-        InputError: It does, or it is a file.
-    """
-    if output.exists() and not output.is_dir():
-        raise InputError(output, "is a file. Give a directory that does not exist yet.")
-    if (output / CONFIG).exists() or any(output.glob("*.safetensors")):
-        raise InputError(
-            output,
-            "already holds a checkpoint. Give another --output, or --overwrite to replace it "
-            "when the new one is complete.",
-        )
+def _absolute(path: Path) -> Path:
+    """The path as every process understands it, whatever its working directory."""
+    return path.expanduser().absolute()
 
 
-def _is_being_installed(run: RunDirectory, output: Path) -> bool:
-    """Whether a run was interrupted while it moved its checkpoint to its place."""
-    if (output / CONFIG).exists() or not run.exists or not run.checkpoint.is_dir():
+def _require_places(
+    run: RunDirectory, output: Path | None, source: ModelSource, *, may_replace: bool
+) -> None:
+    require_apart(output, run.path, source.directory)
+    require_directory(run.path)
+    if output is None:
+        return
+    require_directory(output)
+    if not may_replace and not _wrote_part_of(run, output):
+        require_no_checkpoint(output)
+
+
+def _has_checkpoint_in_place(run: RunDirectory, output: Path | None) -> bool:
+    return output is None or ((output / CONFIG).is_file() and not run.checkpoint.exists())
+
+
+def _wrote_part_of(run: RunDirectory, output: Path) -> bool:
+    """Whether the output holds what the run put there: all of it once, or some when it ended."""
+    if (output / CONFIG).exists() or not run.exists or run.record()["output"] != str(output):
         return False
-    return run.record()["output"] == str(output.resolve())
-
-
-def install_checkpoint(staging: Path, output: Path) -> None:
-    """Move a complete checkpoint to its place; weights of an older one there are removed."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG).unlink(missing_ok=True)  # no checkpoint until the last file is there
-    new = sorted(staging.iterdir(), key=lambda path: path.name == CONFIG)
-    stale = {*output.glob("model-*.safetensors"), output / SINGLE_SHARD}
-    for path in stale - {output / new_path.name for new_path in new}:
-        path.unlink(missing_ok=True)
-    for path in new:
-        shutil.move(path, output / path.name)
-    staging.rmdir()
+    return run.checkpoint.is_dir() or bool(run.events("finished"))

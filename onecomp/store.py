@@ -7,6 +7,7 @@ RUN/
   checkpoint/                 the checkpoint as far as it is written
   events.jsonl                one line per finished unit
   report.html
+  replaced/                   an earlier run that this one replaces, until this one is finished
 """
 
 import json
@@ -30,6 +31,16 @@ from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_json, write_shard
 from onecomp.quantizer.result import QuantizationResult
 
+FILES = (
+    "run.json",
+    "calibration.safetensors",
+    "blocks",
+    "checkpoint",
+    "events.jsonl",
+    "report.html",
+)
+"""What a run writes; ``run.json`` first, as it makes a directory a run."""
+REPLACED = "replaced"
 SEPARATOR = "|"
 NARROW = {"int32": torch.uint8, "int64": torch.int32}
 """Integer dtypes are stored narrower where every value fits."""
@@ -53,12 +64,28 @@ class RunDirectory:
         """Whether a run was begun here."""
         return (self.path / "run.json").is_file()
 
-    def clear(self) -> None:
-        """Remove what an earlier run left here; other files stay."""
-        for name in ("blocks", "checkpoint"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in ("run.json", "events.jsonl", "report.html", "calibration.safetensors"):
-            (self.path / name).unlink(missing_ok=True)
+    def set_aside(self) -> None:
+        """Move what an earlier run left here to ``replaced/``; other files stay.
+
+        If a still earlier run is kept there, that one stays and the later one is removed: it did
+        not get to its end.
+        """
+        keeps = (self.path / REPLACED).exists()
+        for path in [self.path / name for name in FILES]:
+            if not path.exists():
+                continue
+            if not keeps:
+                (self.path / REPLACED).mkdir(exist_ok=True)
+                path.rename(self.path / REPLACED / path.name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def drop_replaced(self) -> None:
+        """Remove the run that this one replaces."""
+        if (self.path / REPLACED).exists():
+            shutil.rmtree(self.path / REPLACED)
 
     def begin(self, record: Mapping[str, object], samples: CalibrationSamples | None) -> None:
         """Write what is being made."""
@@ -95,10 +122,15 @@ class RunDirectory:
         path = self.path / "calibration.safetensors"
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            return CalibrationSamples(
-                file.get_tensor("input_ids"), file.get_tensor("attention_mask")
-            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                return CalibrationSamples(
+                    file.get_tensor("input_ids"), file.get_tensor("attention_mask")
+                )
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                path, f"cannot be read ({error}). Begin anew in another directory."
+            ) from error
 
     # Results
 

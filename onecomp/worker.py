@@ -1,6 +1,7 @@
 """The plain class behind every worker: it holds calibration shards and quantizes input groups."""
 
 import resource
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onecomp.calibration.shards import CalibrationShard
+from onecomp.errors import InputError
 from onecomp.export.save import CheckpointWriter
 from onecomp.jobs import GroupReceipt, quantize_group
 from onecomp.models.calls import CallInterner, fill_on_demand, record_calls
@@ -52,6 +54,12 @@ class Worker:
 
     def __init__(self, number: int, settings: WorkerSettings):
         self.number, self.settings = number, settings
+        if not settings.run.exists:
+            raise InputError(
+                settings.run.path,
+                f"is not seen by worker {number} on {socket.gethostname()}. Give a --run-dir on "
+                "storage that every node sees.",
+            )
         use_cuda = settings.device == "auto" and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_cuda else settings.device.replace("auto", "cpu"))
         torch.set_num_threads(1)  # products shared by threads differ in the last bit, see executor

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onecomp.calibration.samples import CalibrationSamples
 from onecomp.errors import InputError
+from onecomp.models.checks import require_positions
 
 SAMPLES_PER_BATCH = 16
 GREEDY_TOKENS = 3
@@ -42,7 +43,7 @@ def sample_from_model(
     Raises:
         InputError: ``length`` is beyond the model's positions, or its logits are not finite.
     """
-    _check_positions(model, length)
+    require_positions(model, length, may_extrapolate=False)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     with _evaluation_mode(model), torch.inference_mode():
         rows = [
@@ -63,16 +64,6 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _check_positions(model: PreTrainedModel, length: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise InputError(
-            model.config.name_or_path or type(model).__name__,
-            f"max_length={length} is beyond the model's {limit} positions. "
-            f"Use a max_length of at most {limit}.",
-        )
 
 
 def _sample_batch(

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from onecomp.errors import ConfigError
 from onecomp.evaluation.texts import load_texts, tokenize_texts
-from onecomp.models import ModelConfig
+from onecomp.models import ModelConfig, require_known_tokens, require_positions
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def sliding_windows(num_tokens: int, *, max_length: int, stride: int) -> list[Wi
         )
     if max_length < 2:
         problems.append(f"max_length={max_length}: must be at least 2.")
-    if not 1 <= stride <= max_length:
+    elif not 1 <= stride <= max_length:
         problems.append(
             f"stride={stride}: must be between 1 and max_length={max_length}, "
             "or tokens between windows would be left out."
@@ -130,8 +130,12 @@ def perplexity_of_tokens(
 
     Raises:
         ConfigError: Fewer than two tokens, or a setting out of range.
+        InputError: Tokens that the model does not know, or a window that is longer than it can
+            compute.
     """
     windows = sliding_windows(len(input_ids), max_length=max_length, stride=stride)
+    require_known_tokens(cast(PreTrainedModel, model), input_ids)
+    require_positions(cast(PreTrainedModel, model), windows[0].length)
     num_tokens = sum(window.weight for window in windows)
     total = 0.0
     with torch.no_grad(), _evaluation_mode(model):
@@ -210,19 +214,13 @@ def _require(model_config: ModelConfig | None, missing: str) -> ModelConfig:
 
 
 def _window_length(model: nn.Module, max_length: int | None) -> int:
-    """``max_length``, or the positions of the model; warns where the model has fewer positions."""
+    """``max_length``, or the positions of the model."""
     positions = getattr(_config(model), "max_position_embeddings", None)
     max_length = positions if max_length is None else max_length
     if max_length is None:
         raise ConfigError(
             "calculate_perplexity",
             ["max_length=None, but the model names no max_position_embeddings. Give max_length."],
-        )
-    if positions is not None and max_length > positions:
-        logger.warning(
-            "max_length=%d is beyond the %d positions this model was made for",
-            max_length,
-            positions,
         )
     return max_length
 

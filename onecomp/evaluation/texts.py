@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +113,8 @@ def _read_hub(source: HubText) -> list[str]:
     which = {"data_files" if is_c4 else "name": source.dataset_config}
     try:
         rows = load_dataset(source.dataset_name, split=source.split, **which)
-    except (OSError, ValueError, HTTPError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError, DatasetsError) as error:
+        # RuntimeError: a dataset that comes as code.
         raise InputError(
             source.dataset_name,
             f"cannot be had from the Hub ({type(error).__name__}: {error}). Check the name, "
@@ -126,7 +127,12 @@ def _read_hub(source: HubText) -> list[str]:
             f"has the columns {', '.join(rows.column_names)}, but no {TEXT_COLUMN!r}. "
             "Use another dataset, or write the text to a local file.",
         )
-    return [str(row) for row in rows[: source.max_samples][TEXT_COLUMN]]
+    return _texts(rows[: source.max_samples][TEXT_COLUMN])
+
+
+def _texts(values: Iterable[object]) -> list[str]:
+    """Cells of a column as text; an empty cell is an empty row."""
+    return ["" if value is None else str(value) for value in values]
 
 
 def _read_file(path: Path) -> list[str]:
@@ -148,18 +154,18 @@ def _read_whole(path: Path) -> list[str]:
 
 def _read_jsonl(path: Path) -> list[str]:
     with path.open(encoding="utf-8") as lines:
-        return [str(json.loads(line)[TEXT_COLUMN]) for line in lines if line.strip()]
+        return _texts(json.loads(line)[TEXT_COLUMN] for line in lines if line.strip())
 
 
 def _read_csv(path: Path) -> list[str]:
     dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
     with path.open(encoding="utf-8", newline="") as lines:
-        return [row[TEXT_COLUMN] for row in csv.DictReader(lines, dialect=dialect)]
+        return _texts(row[TEXT_COLUMN] for row in csv.DictReader(lines, dialect=dialect))
 
 
 def _read_parquet(path: Path) -> list[str]:
     table = pyarrow.parquet.read_table(path, columns=[TEXT_COLUMN])
-    return [str(row) for row in table.column(TEXT_COLUMN).to_pylist()]
+    return _texts(table.column(TEXT_COLUMN).to_pylist())
 
 
 TABLES: dict[str, Callable[[Path], list[str]]] = {

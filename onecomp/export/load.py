@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,6 +29,7 @@ from transformers import (
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import CONFIG, TOKENIZER_CONFIG
 from onecomp.export.quant_config import LayerBits, check_quant_config, quantized_layers
+from onecomp.models.config import load_tokenizer
 from onecomp.models.source import DOWNLOADED, ModelSource
 from onecomp.quantizer.gptq.layer import REQUIRED_TENSORS, GPTQLinear
 from onecomp.quantizer.quant_linear import QuantLinear
@@ -43,7 +43,12 @@ DeviceMap = str | Mapping[str, int | str | torch.device] | None
 
 
 def _gptq_layer(state: dict[str, Tensor], bits: LayerBits, name: str) -> QuantLinear:
-    return GPTQLinear.from_saved_state(state, wbits=bits.wbits, groupsize=bits.groupsize, name=name)
+    settings = {"wbits": bits.wbits, "groupsize": bits.groupsize}
+    layer = GPTQLinear.from_saved_state(state, **settings, name=name)
+    groups, low, high = len(layer.scales), *map(int, layer.g_idx.aminmax())
+    if low < 0 or high >= groups:
+        raise InputError(name, f"g_idx has values from {low} to {high} for {groups} groups.")
+    return layer
 
 
 LAYER_LOADERS: dict[str, Callable[[dict[str, Tensor], LayerBits, str], QuantLinear]] = {
@@ -82,11 +87,12 @@ def load_quantized_model(
     Raises:
         InputError: The checkpoint is missing, incomplete, damaged or of an unknown kind.
     """
-    path = _checkpoint_directory(directory, local_files_only)
-    settings = _read_json(path / CONFIG)
+    path = checkpoint_directory(directory, local_files_only)
+    settings = read_json(path / CONFIG)
     source = ModelSource(str(directory), path, trust_remote_code)
     weights = Weights(path, source.read(source.tensor_files))
     config = _model_config(path, trust_remote_code)
+    tokenizer = _tokenizer(path, trust_remote_code)
     dtype = torch_dtype or config.dtype or torch.float32
     if settings.get("quantization_config") is None:
         model = AutoModelForCausalLM.from_pretrained(
@@ -98,7 +104,7 @@ def load_quantized_model(
         model.config.quantization_config = settings["quantization_config"]
         if (path / GENERATION_CONFIG).exists():
             model.generation_config = GenerationConfig.from_pretrained(path)
-    return _dispatch(model.eval(), device_map), _tokenizer(path, trust_remote_code)
+    return _dispatch(model.eval(), device_map), tokenizer
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,12 @@ class QuantizedModelLoader:
     load_quantized_model = staticmethod(load_quantized_model)
 
 
-def _checkpoint_directory(directory: str | Path, local_files_only: bool) -> Path:
+def checkpoint_directory(directory: str | Path, local_files_only: bool) -> Path:
+    """Where a checkpoint lies, downloaded first if it is a Hub id.
+
+    Raises:
+        InputError: There is no such checkpoint.
+    """
     path = Path(directory).expanduser()
     if path.exists() and not path.is_dir():
         raise InputError(directory, "is a file, not a directory. Name the checkpoint's directory.")
@@ -150,7 +161,12 @@ def _download(model_id: str, local_files_only: bool) -> Path:
     return Path(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's contents.
+
+    Raises:
+        InputError: It holds something else.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -176,7 +192,7 @@ def _quantized_model(
         )
     modules, by_module = dict(model.named_modules()), weights.by_module()
     for name, bits in quantized_layers(quantization, modules).items():
-        layer = _load_layer(by_module.pop(name, {}), bits, name, weights.directory)
+        layer = load_layer(by_module.pop(name, {}), bits, name, weights.directory)
         _place_layer(modules, name, layer, weights.directory)
     for name, tensors in by_module.items():
         _fill_module(modules.get(name), name, tensors, weights.directory)
@@ -185,9 +201,14 @@ def _quantized_model(
     return model
 
 
-def _load_layer(
+def load_layer(
     state: dict[str, Tensor], bits: LayerBits, name: str, directory: Path
 ) -> QuantLinear:
+    """One quantized layer from its tensors.
+
+    Raises:
+        InputError: An unknown method, or tensors that do not fit.
+    """
     if bits.method not in LAYER_LOADERS:
         known = ", ".join(sorted(LAYER_LOADERS))
         raise InputError(directory, f"{name}: method {bits.method!r} is unknown. Known: {known}.")
@@ -204,6 +225,9 @@ def _place_layer(
     shape, expected = (layer.out_features, layer.in_features), tuple(linear.weight.shape)
     if shape != expected:
         raise InputError(directory, f"{name} has shape {shape}, but the model expects {expected}.")
+    if (layer.bias is None) != (linear.bias is None):
+        found, wanted = ("no bias", "one") if layer.bias is None else ("a bias", "none")
+        raise InputError(directory, f"{name} has {found}, but the model expects {wanted}.")
     parent, _, leaf = name.rpartition(".")
     setattr(modules[parent], leaf, layer)
 
@@ -274,4 +298,4 @@ def _placement(
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return load_tokenizer(path, trust_remote_code=trust_remote_code)

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from onecomp.errors import LayerError
 from onecomp.export.checkpoint import finish_checkpoint, write_shard
 from onecomp.models.skeleton import Skeleton
 from onecomp.quantizer.base import Quantizer
@@ -19,6 +21,59 @@ def has_format(quantizer: Quantizer) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def outer_names(skeleton: Skeleton) -> dict[str, str]:
+    """Tensors outside the blocks: name in the checkpoint -> name in the source.
+
+    The checkpoint uses the model's own names, which a source written from the bare model
+    abbreviates. What the source has and the model does not know is kept under its name.
+    """
+    of_model = {skeleton.tensor_name(name): name for name in skeleton.model.state_dict()}
+    blocks = tuple(
+        skeleton.tensor_name(f"{skeleton.block_name(i)}.{key}").removesuffix(key)
+        for i, block in enumerate(skeleton.blocks)
+        for key in list(block.state_dict())[:1]
+    )
+    return {
+        of_model.get(stored, stored): stored
+        for stored in skeleton.source.tensor_files
+        if not stored.startswith(blocks)
+    }
+
+
+def block_names(skeleton: Skeleton, block_index: int) -> dict[str, str]:
+    """Tensors of one block before it is quantized: name in the checkpoint -> name in the source."""
+    prefix = skeleton.block_name(block_index)
+    names = [f"{prefix}.{key}" for key in skeleton.blocks[block_index].state_dict()]
+    stored = {name: skeleton.tensor_name(name) for name in names}
+    return {n: s for n, s in stored.items() if s in skeleton.source.tensor_files}
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Check that no value is NaN or infinite: one pass over each floating tensor.
+
+    Raises:
+        LayerError: For the first tensor with such values.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # Both ends are NaN where any value is. Much faster than isfinite(), and takes no memory.
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise LayerError(
+                name,
+                f"{(~tensor.isfinite()).sum()} of {tensor.numel()} values are NaN or infinite in "
+                f"{dtype}. If the original ones are finite, {dtype} is too narrow for them: take "
+                "another dtype. Otherwise download or save the model again.",
+            )
+
+
+def _read(skeleton: Skeleton, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors under their names in the checkpoint, in the skeleton's dtype."""
+    read = skeleton.source.read(names.values(), dtype=skeleton.dtype)
+    return {name: read[stored] for name, stored in names.items()}
 
 
 @dataclass(frozen=True)
@@ -45,35 +100,32 @@ class CheckpointWriter:
         return f"model-{number + 1:05d}-of-{num_blocks + 1:05d}.safetensors"
 
     def write_outer(self, skeleton: Skeleton) -> None:
-        """Embeddings, last norm, output head: copied from the source in the skeleton's dtype."""
-        blocks = tuple(
-            skeleton.tensor_name(f"{skeleton.block_name(i)}.{key}").removesuffix(key)
-            for i, block in enumerate(skeleton.blocks)
-            for key in list(block.state_dict())[:1]
-        )
-        names = [n for n in skeleton.source.tensor_files if not n.startswith(blocks)]
-        tensors = skeleton.source.read(names, dtype=skeleton.dtype)
-        name = self.shard_name(0, len(skeleton.blocks))
-        write_shard(self.directory, name, tensors)
+        """Embeddings, last norm, output head: copied from the source in the skeleton's dtype.
+
+        Raises:
+            LayerError: A value is NaN or infinite.
+        """
+        tensors = _read(skeleton, outer_names(skeleton))
+        self._write(0, tensors, skeleton)
 
     def write_block(
         self, skeleton: Skeleton, block_index: int, results: Mapping[str, QuantizationResult]
     ) -> None:
-        """One block: quantized layers from their results, everything else from the source."""
-        prefix = skeleton.block_name(block_index)
-        keys = {f"{prefix}.{key}" for key in skeleton.blocks[block_index].state_dict()}
-        stored = {key: skeleton.tensor_name(key) for key in keys}
+        """One block: quantized layers from their results, everything else from the source.
+
+        Raises:
+            LayerError: A value is NaN or infinite.
+        """
         replaced = {f"{name}.weight" for name in results}
-        wanted = {
-            k: s
-            for k, s in stored.items()
-            if k not in replaced and s in skeleton.source.tensor_files
-        }
-        read = skeleton.source.read(wanted.values(), dtype=skeleton.dtype)
-        tensors = {key: read[s] for key, s in wanted.items()}
+        names = block_names(skeleton, block_index)
+        tensors = _read(skeleton, {n: stored for n, stored in names.items() if n not in replaced})
         for name, result in results.items():
             tensors |= self._layer_tensors(skeleton, name, result, tensors)
-        write_shard(self.directory, self.shard_name(block_index + 1, len(skeleton.blocks)), tensors)
+        self._write(block_index + 1, tensors, skeleton)
+
+    def _write(self, number: int, tensors: Mapping[str, Tensor], skeleton: Skeleton) -> None:
+        require_finite(tensors)
+        write_shard(self.directory, self.shard_name(number, len(skeleton.blocks)), tensors)
 
     def _layer_tensors(
         self,

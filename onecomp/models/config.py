@@ -2,6 +2,7 @@
 
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -12,14 +13,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from onecomp.errors import ConfigError
-from onecomp.models.source import ModelSource
+from onecomp.errors import ConfigError, InputError
+from onecomp.models.source import ModelSource, reason
 
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+TOKENIZER_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+"""What Transformers raises for tokenizer files that are missing, damaged or of an unknown kind."""
 
 
 @dataclass
@@ -36,7 +46,7 @@ class ModelConfig:
         trust_remote_code: Allow the model's own Python code to run.
 
     Raises:
-        ConfigError: No model, or an unknown dtype.
+        ConfigError: No model, or an unknown dtype or device.
     """
 
     model_id: str | None = None
@@ -52,6 +62,10 @@ class ModelConfig:
             problems.append("neither model_id nor path is given. Give one of them.")
         if self.dtype not in {*DTYPES, "auto"}:
             problems.append(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)} or auto.")
+        if not _is_device(self.device):
+            problems.append(
+                f"device={self.device!r}: must be auto or a torch device, e.g. cpu or cuda:0."
+            )
         if problems:
             raise ConfigError("ModelConfig", problems)
 
@@ -99,14 +113,51 @@ class ModelConfig:
         return (model if device_map is not None else model.to(self.get_device())).eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer; padding uses the end-of-text token where none is set."""
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.source.directory, trust_remote_code=self.trust_remote_code
-        )
+        """The tokenizer; padding uses the end-of-text token where none is set.
+
+        Raises:
+            InputError: The model has no tokenizer, or a damaged one.
+        """
+        tokenizer = load_tokenizer(self.source.directory, trust_remote_code=self.trust_remote_code)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def has_additional_data(self) -> bool:
         """Whether the directory carries data beyond the model (rotated models do)."""
+        return False
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's directory.
+
+    Raises:
+        InputError: There is none, or it is damaged. For some kinds of model Transformers makes a
+            tokenizer without vocabulary where the files are missing; that counts as none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # The tokenizers library raises bare Exception where tokenizer.json is not as it should be.
+        if type(error) is not Exception and not isinstance(error, TOKENIZER_ERRORS):
+            raise
+        raise _no_tokenizer(directory, reason(error)) from error
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if not set(tokenizer.get_vocab().values()) - special:
+        raise _no_tokenizer(directory, "its vocabulary is empty")
+    return tokenizer
+
+
+def _no_tokenizer(directory: Path, why: str) -> InputError:
+    return InputError(
+        directory,
+        f"has no tokenizer that can be read ({why}). Put the tokenizer files of the original "
+        "model (tokenizer.json, tokenizer_config.json) there, or download the model again.",
+    )
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return name == "auto" or bool(torch.device(name))
+    except RuntimeError:
         return False

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from onecomp.errors import InputError
-from onecomp.models.source import ModelSource
+from onecomp.models.source import CONFIG_ERRORS, ModelSource, reason
 
 TEXT_PARTS = ("language_model", "text_model")
 
@@ -30,13 +30,21 @@ class Skeleton:
         """Modules from the configuration alone; reads no weight.
 
         Raises:
-            InputError: Nothing in the architecture looks like a list of decoder blocks.
+            InputError: The configuration gives no causal language model, or nothing in the
+                architecture looks like a list of decoder blocks.
         """
         config = copy.deepcopy(source.config)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=source.trust_remote_code
-            )
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=source.trust_remote_code
+                )
+        except CONFIG_ERRORS as error:
+            raise InputError(
+                source.directory / "config.json",
+                f"describes no causal language model that can be built ({reason(error)}). "
+                "Correct it, or give a decoder-only model.",
+            ) from error
         return cls(source, model.eval(), find_blocks(model, source), dtype)
 
     @property

@@ -2,15 +2,22 @@
 
 import hashlib
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -21,6 +28,27 @@ INDEX_NAME = "model.safetensors.index.json"
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.py"]
 HASHED_SLICES = 64
 SLICE_BYTES = 65536
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What Transformers and the model classes raise for values in config.json that cannot be."""
+
+
+class StoredTensor(NamedTuple):
+    """What the header of a weight file says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it, e.g. ``BF16``."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +88,11 @@ class ModelSource:
             config = AutoConfig.from_pretrained(
                 self.directory, trust_remote_code=self.trust_remote_code
             )
-        except (ValueError, KeyError, OSError) as error:
+        except CONFIG_ERRORS as error:
             raise InputError(
-                self.directory / "config.json", f"cannot be read as a model configuration: {error}"
+                self.directory / "config.json",
+                f"cannot be read as a model configuration ({reason(error)}). "
+                "Correct it, or download the model again.",
             ) from error
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(
@@ -84,8 +114,7 @@ class ModelSource:
     def _weight_files(self) -> list[Path]:
         index = self.directory / INDEX_NAME
         if index.is_file():
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            files = [self.directory / name for name in sorted(names)]
+            files = [self.directory / name for name in _indexed_files(index)]
         else:
             files = sorted(self.directory.glob("*.safetensors"))
         if not files:
@@ -100,6 +129,15 @@ class ModelSource:
                     path, f"is listed in {INDEX_NAME} but missing. Download the model again."
                 )
         return files
+
+    def headers(self) -> dict[str, StoredTensor]:
+        """Shape and dtype of every tensor by its name; reads no weight.
+
+        Raises:
+            InputError: A file that cannot be read.
+        """
+        paths = sorted(set(self.tensor_files.values()))
+        return {name: tensor for path in paths for name, tensor in _read_header(path).items()}
 
     def read(self, names: Iterable[str], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Tensors by name, on the CPU, cast to ``dtype`` where they are floating point.
@@ -138,6 +176,11 @@ class ModelSource:
         return digest.hexdigest()
 
 
+def reason(error: Exception) -> str:
+    """Kind and beginning of another library's error, on one line; some list all they know."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+
+
 def _find_directory(model_id: str) -> Path:
     path = Path(model_id).expanduser()
     if path.is_dir():
@@ -154,6 +197,21 @@ def _find_directory(model_id: str) -> Path:
         ) from error
 
 
+def _indexed_files(index: Path) -> list[str]:
+    """Names of the weight files that an index lists."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("weight_map must give a file name for every tensor")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            index,
+            f"is not an index of weight files ({reason(error)}). It must be JSON "
+            'whose "weight_map" gives the file of every tensor. Download the model again.',
+        ) from error
+    return sorted(names)
+
+
 def _tensor_names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -162,6 +220,18 @@ def _tensor_names(path: Path) -> list[str]:
         raise InputError(
             path, f"is truncated or corrupt ({error}). Download or save the file again."
         ) from error
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype())
+                for name, tensor in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise InputError(path, f"cannot be read ({error}).") from error
 
 
 def _read_file(path: Path, names: list[str]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from onecomp.errors import ConfigError
+from onecomp.errors import ConfigError, LayerError
 from onecomp.linalg import one_thread
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer import result_files
@@ -22,6 +23,12 @@ from onecomp.statistics import GroupStatistics
 
 RUN_STATE = ("module_to_name", "results")
 """Fields that a run fills; everything else is a setting."""
+
+
+class DefaultName(str):
+    """A name that follows from the settings, told apart from one that the user gave."""
+
+    __slots__ = ()
 
 
 @dataclass
@@ -38,7 +45,7 @@ class Quantizer(ABC):
     """
 
     name: str | None = None
-    """Default: class name and main settings."""
+    """Default: class name and main settings; ``dataclasses.replace`` makes a default name anew."""
     num_layers: int | None = None
     """Largest number of layers; None for all."""
     calc_quant_error: bool = False
@@ -57,8 +64,8 @@ class Quantizer(ABC):
     flag_xtx: bool = False
 
     def __post_init__(self) -> None:
-        if self.name is None:
-            self.name = self.default_name()
+        if self.name is None or isinstance(self.name, DefaultName):
+            self.name = DefaultName(self.default_name())
         self.validate_params()
 
     def default_name(self) -> str:
@@ -147,7 +154,7 @@ class Quantizer(ABC):
     def quantize_with_qep(
         self,
         module: nn.Module,
-        quant_input_activation: Tensor,
+        quant_input_activation: Tensor | None,
         original_input_activation: Tensor | None = None,
         percdamp: float = 0.01,
         perccorr: float = 0.5,
@@ -162,17 +169,28 @@ class Quantizer(ABC):
 
         Args:
             module: The layer.
-            quant_input_activation: Input in the model quantized so far, ``(..., in)``.
+            quant_input_activation: Input in the model quantized so far, ``(..., in)``; None where
+                ``hessian`` is given, output errors are then not measured.
             original_input_activation: The same tokens' input in the original model.
             percdamp: Damping of the correction, a fraction of the Hessian's mean diagonal.
             perccorr: How much of the correction to apply, 0 to 1.
             hessian: ``2 / tokens * X̂ᵀX̂``; computed from the input when missing.
             delta_hatX: ``2 / tokens * (X - X̂)ᵀX̂``; computed from both inputs when missing.
+
+        Raises:
+            LayerError: ``quant_input_activation`` is None and something must be computed from it.
         """
         started = time.monotonic()
-        statistics = GroupStatistics.of(quant_input_activation, original_input_activation)
-        hessian = statistics.hessian() if hessian is None else hessian
-        delta_hatX = statistics.delta() if delta_hatX is None else delta_hatX
+        statistics = None
+        if quant_input_activation is not None:
+            statistics = GroupStatistics.of(quant_input_activation, original_input_activation)
+            hessian = statistics.hessian() if hessian is None else hessian
+            delta_hatX = statistics.delta() if delta_hatX is None else delta_hatX
+        elif hessian is None or (delta_hatX is None and original_input_activation is not None):
+            raise LayerError(
+                self.module_to_name.get(module, "the layer"),
+                "quant_input_activation=None: give it, or hessian and delta_hatX in its place.",
+            )
         with one_thread():
             if delta_hatX is not None:
                 factor = HessianFactors(hessian.float()).at(percdamp)
@@ -198,6 +216,8 @@ class Quantizer(ABC):
             fill_weight_errors(result, weight)
             if statistics is not None:
                 fill_output_errors(result, weight, statistics)
+        if not isinstance(self.results, MutableMapping):  # those of a run stay in its directory
+            self.results = ChainMap({}, self.results)
         self.results[self.module_to_name.get(module, "")] = result
 
     # A group of layers with the same input: what the pipeline calls

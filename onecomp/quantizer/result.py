@@ -21,13 +21,17 @@ STATISTICS = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class QuantizationResult:
     """Result of one layer; each method adds its own fields.
 
     The error fields are filled when ``calc_quant_error=True``. Output errors are measured on the
     calibration inputs of the layer: ``||W X - Ŵ X||²``, per entry of the output (mean), and
-    relative to ``||W X||²``.
+    relative to ``||W X||²``. GPTQ fills ``relative_output_squared_error`` in any case, since its
+    solver knows it: progress lines and the report show it.
+
+    A result equals itself only, as tensors have no single truth value: declare subclasses with
+    ``@dataclass(eq=False)``.
     """
 
     types: ClassVar[dict[str, type["QuantizationResult"]]] = {}

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,20 @@ import torch
 
 from onecomp.errors import InputError
 from onecomp.quantizer.result import QuantizationResult
+
+UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What unpickling raises on bytes that are no pickle, or on a pickle that was cut."""
 
 
 def save_results(results: Mapping[str, QuantizationResult], filepath: str | Path) -> None:
@@ -27,30 +42,31 @@ def load_results(filepath: str | Path) -> dict[str, QuantizationResult]:
 
     Raises:
         InputError: No such file, or a file that is not one of ours (pickled objects included).
+        ConfigError: A result class that is not known; import the module that defines it first.
     """
     path = Path(filepath)
     if not path.is_file():
         raise InputError(path, "no such file. Give a file written by save_results.")
     try:
         stored = torch.load(path, weights_only=True, map_location="cpu")
+    except UNREADABLE as error:
+        raise _not_ours(path, error) from error
+    try:
         return {
             name: QuantizationResult.restore(r["type"], r["tensors"], r["values"])
             for name, r in stored.items()
         }
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        raise InputError(
-            path,
-            f"is not a results file of this package ({type(error).__name__}: {error}). "
-            "Pickled objects are refused because reading them can run code; "
-            "write the file again with save_results.",
-        ) from error
+    except (AttributeError, LookupError, TypeError) as error:
+        raise _not_ours(path, error) from error
+
+
+def _not_ours(path: Path, error: Exception) -> InputError:
+    return InputError(
+        path,
+        f"is not a results file of this package ({type(error).__name__}: {error}). "
+        "Pickled objects are refused because reading them can run code; "
+        "write the file again with save_results.",
+    )
 
 
 def save_statistics(results: Mapping[str, QuantizationResult], filepath: str | Path) -> None:

@@ -146,6 +146,28 @@ DATACLASSES: dict[str, tuple[type, Parameters]] = {
         },
     ),
 }
+ADDITIONS: dict[type, Parameters] = {
+    onecomp.GPTQ: {"static_groups": False, "weighted_mse": False},
+    onecomp.ModelConfig: {"trust_remote_code": False},
+}
+"""Fields of our own whose default keeps a documented call what it is, or safe."""
+NAMES = {
+    *DATACLASSES,
+    "Runner",
+    "setup_logger",
+    "load_quantized_model",
+    "QuantizedModelLoader",
+    "calculate_perplexity",
+    "Executor",
+    "LocalExecutor",
+    "default_executor",
+    "OneCompError",
+    "ConfigError",
+    "InputError",
+    "LayerError",
+    "WorkerError",
+}
+"""What ``from onecomp import`` offers."""
 
 QUANTIZER_METHODS: dict[str, Parameters] = {
     "setup": {"model": REQUIRED},
@@ -335,6 +357,12 @@ def test_additional_fields_are_optional(name):
     assert [f.name for f in fields(cls) if f.kw_only and default_of(f) is REQUIRED] == []
 
 
+@pytest.mark.parametrize("cls", ADDITIONS)
+def test_additional_fields_have_defaults_that_change_nothing(cls):
+    defaults = {field.name: default_of(field) for field in fields(cls) if field.kw_only}
+    assert {name: defaults[name] for name in ADDITIONS[cls]} == ADDITIONS[cls]
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_parameters_come_in_the_documented_order_with_the_documented_defaults(name):
     assert differences(*CALLS[name]) == []
@@ -374,11 +402,8 @@ def test_names_are_where_the_examples_import_them():
     assert methods.GPTQ is gptq.GPTQ is onecomp.GPTQ
     assert methods.RTN is rtn.RTN is onecomp.RTN
     assert methods.ResultLoader is onecomp.ResultLoader
-    assert set(onecomp.__all__) == {name for name in vars(onecomp) if is_public(name)}
-
-
-def is_public(name: str) -> bool:
-    return not name.startswith("_") and not inspect.ismodule(getattr(onecomp, name))
+    assert set(onecomp.__all__) == NAMES
+    assert all(getattr(onecomp, name).__module__.startswith("onecomp.") for name in NAMES)
 
 
 def test_all_quantizers_and_results_share_their_bases():

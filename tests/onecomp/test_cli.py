@@ -140,6 +140,14 @@ def test_round_to_nearest_and_evaluation(model, small, text, tmp_path, caplog):
         assert f"perplexity of the {what} model: {perplexity:.4f}" in caplog.text
 
 
+def test_the_column_of_the_text_can_be_named(model, small, tmp_path):
+    lines = (json.dumps({"foo": sample_text(300), "text": ""}) for _ in range(3))
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    given = ["--calibration-dataset", tmp_path / "text.jsonl", "--text-key", "foo"]
+    done("quantize", model, "--output", tmp_path / "out", "--no-mse", *small, *given)
+    assert RunDirectory(tmp_path / "out.run").record()["calibration"]["text_key"] == "foo"
+
+
 def test_resume_makes_up_for_evaluations_that_were_cut_off(model, small, text, tmp_path):
     output, run = tmp_path / "out", tmp_path / "out.run"
     options = ["--quantizer", "rtn", "--eval", text]
@@ -291,7 +299,7 @@ def test_models_that_cannot_be_read(model, small, tmp_path, damage):
         ({"--groupsize": 0}, "groupsize=0: must be -1 "),
         ({"--groupsize": -2}, "groupsize=-2: must be -1 "),
         ({"--groupsize": 48}, "groupsize=48 must divide in_features, but model.layers.0."),
-        ({"--quantizer": "gtpq"}, "--quantizer='gtpq': must be one of gptq, rtn"),
+        ({"--quantizer": "gtpq"}, "'gtpq' is not one of 'gptq', 'rtn'"),
         ({"--num-workers": -1}, "num_workers=-1: must be 0 or more."),
         ({"--gpus-per-worker": -1}, "gpus_per_worker=-1: must be 0 or more."),
         ({"--address": "ray://head:10001"}, "names a cluster. Drop one."),
@@ -313,7 +321,7 @@ def test_options_out_of_range(model, small, tmp_path, options: Mapping[str, obje
     [
         ("empty.txt", "", "empty.txt"),
         ("short.txt", "Too short for a sample.", "48"),
-        ("other.jsonl", '{"body": "words"}\n{"body": "more"}\n', "text"),
+        ("other.jsonl", '{"foo": "words"}\n{"foo": "more"}\n', "no column holds text: found foo,"),
         ("absent.txt", None, "absent.txt"),
     ],
 )
@@ -350,8 +358,8 @@ def test_files_of_options_that_do_not_do(model, small, tmp_path, content, messag
     [
         (f"{DOWN_PROJ}.weight", torch.nan, f"{DOWN_PROJ}: its weight holds"),
         (
-            "model.embed_tokens.weight",
-            torch.inf,
+            "model.layers.0.input_layernorm.weight",
+            3e38,
             "model.layers.0.self_attn.q_proj: its calibration inputs hold NaN or infinite values",
         ),
     ],
@@ -366,7 +374,7 @@ def test_numbers_that_are_not_finite_stop_the_run(model, small, tmp_path, name, 
 def test_a_checkpoint_that_is_there_is_kept(copied, model, small):
     before = contents(copied.parent)
     said = refused("quantize", model, "--output", copied, *small)
-    assert f"error: {copied}: already holds a checkpoint. Give another --output, or" in said
+    assert f"error: {copied}: already holds a checkpoint. Give another directory;" in said
     assert contents(copied.parent) == before
 
 
@@ -384,10 +392,15 @@ def test_overwriting_replaces_the_checkpoint_and_nothing_else(copied, model, sma
 
 
 def test_overwriting_that_fails_leaves_the_old_checkpoint(copied, model, small, tmp_path):
-    before = contents(copied)
+    run = copied.with_name("out.run")
+    before, run_before = contents(copied), contents(run)
     broken = changed(model, tmp_path / "model", f"{DOWN_PROJ}.weight", torch.nan)
-    refused("quantize", broken, "--output", copied, "--overwrite", *small, status=1)
-    assert contents(copied) == before
+    for _attempt in range(2):
+        refused("quantize", broken, "--output", copied, "--overwrite", *small, status=1)
+        assert contents(copied) == before
+        assert contents(run / "replaced") == run_before
+    done("quantize", model, "--output", copied, "--overwrite", *small)
+    assert not (run / "replaced").exists()
 
 
 def test_a_run_of_another_configuration_is_named_field_by_field(copied, model, small, tmp_path):
@@ -406,8 +419,30 @@ def test_a_run_of_another_configuration_is_named_field_by_field(copied, model, s
 def test_an_output_that_is_a_file_is_kept(model, small, tmp_path):
     (tmp_path / "out").write_text("mine")
     said = refused("quantize", model, "--output", tmp_path / "out", *small)
-    assert "is a file. Give a directory that does not exist yet." in said
+    assert f"{tmp_path / 'out'}: cannot be a directory" in said
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_the_original_model_is_not_overwritten(model, small, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    before = contents(tmp_path / "model")
+    for places in (
+        ["--output", "model", "--run-dir", "run"],
+        ["--output", "o", "--run-dir", "model"],
+    ):
+        places = [tmp_path / place if place[0] != "-" else place for place in places]
+        said = refused("quantize", tmp_path / "model", *places, "--overwrite", *small)
+        assert "would lie in the model's own directory" in said
+    assert contents(tmp_path / "model") == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("run.json", '{"model": {}}'), ("calibration.safetensors", "junk")]
+)
+def test_a_damaged_run_directory_is_named(copied, file, content):
+    run = copied.with_name("out.run")
+    (run / file).write_text(content)
+    assert f"error: {run / file}: " in refused("resume", run)
 
 
 @pytest.mark.parametrize("command", [["resume"], ["report"], ["verify", "--run-dir"]])

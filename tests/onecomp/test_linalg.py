@@ -145,14 +145,3 @@ def test_factor_has_the_same_bits_in_processes_of_one_and_two_threads(two_thread
             factor = HessianFactor.of(hessian, percdamp=0.01)
             results.append((factor.upper, factor.right_divide(matrix)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("size", [100, 128, 192, 300, 576, 1024])
-@pytest.mark.parametrize("num_rows", [64, 512, 2048])
-def test_gram_strips_have_the_same_bits_on_one_and_two_threads(two_threads, size, num_rows):
-    rows = draw(num_rows, size)
-    results = []
-    for num_threads in (1, 2):
-        torch.set_num_threads(num_threads)
-        results.append(gram_strips(rows))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

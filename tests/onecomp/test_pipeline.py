@@ -1,6 +1,7 @@
 """What the loop computes, checked against whole models and formulas written out."""
 
 import gc
+import io
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +30,7 @@ from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ, RTN, QuantizationResult, Quantizer
 from onecomp.quantizer.quant_linear import dense_layers
 from onecomp.store import RunDirectory, StoredResults
-from onecomp.worker import WorkerSettings
+from onecomp.worker import Worker, WorkerSettings
 
 NUM_SHARDS = 3
 PLAIN = GPTQ(wbits=4, groupsize=32)
@@ -49,6 +50,7 @@ def quantize(
     text: CalibrationSamples | None = None,
     *,
     num_workers: int = 1,
+    progress: Progress | None = None,
 ) -> StoredResults:
     """Results of a run over a model directory; its checkpoint is in ``run / "checkpoint"``."""
     skeleton = Skeleton.build(ModelSource.open(model), torch.float32)
@@ -56,7 +58,7 @@ def quantize(
     text = samples() if text is None else text
     shards = cut_shards(text, NUM_SHARDS) if quantizer.flag_calibration else []
     directory = RunDirectory(run)
-    run.mkdir()
+    directory.begin({}, text)
     writer = CheckpointWriter(directory.checkpoint, quantizer, not has_format(quantizer))
     settings = WorkerSettings(
         skeleton.source,
@@ -71,8 +73,8 @@ def quantize(
     )
     executor = LocalExecutor(num_workers)
     try:
-        with Progress(len(layout.blocks), silent=True) as progress:
-            quantize_model(settings, shards, executor, progress)
+        with progress or Progress(len(layout.blocks), silent=True) as reported:
+            quantize_model(settings, shards, executor, reported)
     finally:
         executor.stop()
     writer.finish(skeleton, layout.layer_names)
@@ -312,6 +314,40 @@ def test_a_named_layer_outside_the_blocks_is_refused(llama, tmp_path):
     quantizer = GPTQ(groupsize=32, include_layer_names=["lm_head"], exclude_layer_names=[])
     with pytest.raises(ConfigError, match="lm_head lies outside the decoder blocks"):
         quantize(llama, tmp_path / "run", quantizer)
+
+
+# Blocks that are finished already
+
+
+def test_the_pace_is_that_of_new_blocks_whatever_is_replayed_between_them(
+    tiny_model_dir, tmp_path, monkeypatch, caplog
+):
+    """Blocks 0 and 2 of 5 are there. Replaying takes 6000 s, quantizing one of 4 groups 15 s."""
+    model, run = tiny_model_dir("llama", num_layers=5), tmp_path / "run"
+    expected = dict(quantize(model, run, qep=QEPConfig()))
+    for block in (1, 3, 4):
+        RunDirectory(run).block_path(block).unlink()
+    seconds = []
+
+    def taking(method: str, duration: float) -> None:
+        original = getattr(Worker, method)
+
+        def slow(self: Worker, *arguments: object) -> object:
+            seconds.append(duration)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Worker, method, slow)
+
+    taking("replay_block", 6000.0)
+    taking("quantize", 15.0)
+    with caplog.at_level("INFO", "onecomp.progress"):
+        progress = Progress(5, 2, stream=io.StringIO(), clock=lambda: sum(seconds))
+        found = quantize(model, run, qep=QEPConfig(), progress=progress)
+    lines = [record.message for record in caplog.records if record.name == "onecomp.progress"]
+    assert [line.split("eta")[1].strip() for line in lines] == ["2.0 min", "1.0 min", "0.0 min"]
+    assert sum(seconds) == 2 * 6000 + 12 * 15
+    for name, result in expected.items():
+        assert torch.equal(codes(found[name]), codes(result)), name
 
 
 # Errors and memory

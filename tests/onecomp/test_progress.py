@@ -61,6 +61,26 @@ def test_reused_blocks_are_done_but_do_not_count_for_the_pace():
     assert block.eta_s == pytest.approx(30.0 * 3)
 
 
+def test_what_passes_before_the_work_begins_does_not_count_for_the_pace():
+    clock = FakeClock()
+    with Progress(32, reused=30, stream=io.StringIO(), clock=clock) as progress:
+        clock.now_s += 300.0  # the shards are carried through the finished blocks
+        progress.begin_work()
+        clock.now_s += 60.0
+        assert finish(progress).eta_s == pytest.approx(60.0)
+
+
+def test_what_passes_between_two_stretches_of_work_does_not_count_for_the_pace():
+    clock = FakeClock()
+    with Progress(10, reused=4, stream=io.StringIO(), clock=clock) as progress:
+        for pause_s, seconds in ((300.0, 30.0), (500.0, 10.0)):
+            clock.now_s += pause_s
+            progress.begin_work()
+            clock.now_s += seconds
+            block = finish(progress)
+    assert block.eta_s == pytest.approx(20.0 * 4)
+
+
 def test_the_last_block_leaves_nothing_to_wait_for():
     clock = FakeClock()
     with Progress(1, stream=io.StringIO(), clock=clock) as progress:

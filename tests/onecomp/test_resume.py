@@ -152,13 +152,36 @@ def test_an_old_checkpoint_does_not_make_a_run_look_finished(undisturbed, tmp_pa
     output, run = tmp_path / "out", tmp_path / "out.run"
     shutil.copytree(undisturbed.with_name("out.run"), run)
     record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"output": str(output)}))
+    (run / "run.json").write_text(json.dumps(record | {"output": str(output), "overwrite": True}))
     shutil.copytree(undisturbed, run / "checkpoint")
     (run / "checkpoint" / "config.json").unlink()
+    for name in (".tmpA1b2", ".model-00002-of-00007.safetensors.12.tmp"):
+        (run / "checkpoint" / name).write_text("as a killed writer leaves it")
     output.mkdir()
     (output / "config.json").write_text("{}")
     finish("resume", str(run), "--num-workers", "0")
     assert files(output) == files(undisturbed)
+
+
+def test_resume_does_not_replace_the_checkpoint_of_others(early):
+    output = early.with_name("out")
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    refused = CliRunner().invoke(app, ["resume", str(early), "--num-workers", "0"])
+    assert refused.exit_code == 2
+    assert f"error: {output}: already holds a checkpoint." in refused.stderr
+    assert files(output) == {"config.json": b"{}"}
+
+
+def test_a_run_without_error_propagation_is_resumed_over_holes(command, tmp_path):
+    """Its blocks are in flight two at a time: a later one may be there without an earlier one."""
+    plain = [*command, "--no-qep", "--output"]
+    finish(*plain, str(tmp_path / "whole"))
+    run = killed(plain[:-1], tmp_path / "out", 2)
+    block_file(run, 1).unlink()
+    (run / "checkpoint" / "model-00003-of-00007.safetensors").unlink()
+    finish("resume", str(run), "--num-workers", "0")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("again", ["resume", "quantize"])

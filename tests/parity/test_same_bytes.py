@@ -58,7 +58,7 @@ def settings(skeleton: Skeleton, qep: QEPConfig | None, run: Path) -> WorkerSett
     quantizer = GPTQ(wbits=4, groupsize=64, actorder=True, static_groups=True, mse=True)
     layout = inspect_model(skeleton, list(quantizer.select_layers(skeleton.model)))
     run_directory = RunDirectory(run)
-    run.mkdir(parents=True)
+    run_directory.begin({}, None)
     writer = CheckpointWriter(run_directory.checkpoint, quantizer, dequantized=False)
     return WorkerSettings(
         skeleton.source,

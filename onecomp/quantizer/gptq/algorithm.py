@@ -41,6 +41,8 @@ class Solution:
     grid: Grid
     group_of_column: Tensor
     """Row of ``grid`` for each column, int64 ``(in,)``."""
+    order: Tensor | None = None
+    """Groups are runs of columns in this order; None for the layer's own."""
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The dequantized weight."""
@@ -51,7 +53,7 @@ class Solution:
         """The same grids with each weight rounded on its own."""
         scale = self.grid.scale[self.group_of_column]
         codes = torch.round(weight.T / scale).add_(self.grid.zero_point[self.group_of_column])
-        return Solution(codes.clamp_(0, self.grid.maxq), self.grid, self.group_of_column)
+        return replace(self, codes=codes.clamp_(0, self.grid.maxq))
 
     def replace_rows(self, rows: Bool[Tensor, "out"], other: "Solution") -> "Solution":
         """Codes of ``other``, which has the same grids, where ``rows`` is true."""
@@ -66,7 +68,7 @@ class Solution:
             strict=True,
         )
         return [
-            Solution(codes, Grid(scale, zero_point, self.grid.wbits), self.group_of_column)
+            replace(self, codes=codes, grid=Grid(scale, zero_point, self.grid.wbits))
             for codes, scale, zero_point in parts
         ]
 
@@ -80,7 +82,7 @@ class Solution:
             parts[0].grid.wbits,
         )
         codes = torch.cat([p.codes for p in parts], dim=1)
-        return Solution(codes, grid, parts[0].group_of_column)
+        return replace(parts[0], codes=codes, grid=grid)
 
 
 def fit_static_grid(
@@ -137,7 +139,7 @@ def gptq_quantize(
             block.solve(group, grids)
         live[end:].addmm_(factor.upper[start:end, end:].T, errors[: end - start], alpha=-1)
     codes = _unpermuted(codes, factor).add_(grids.grid.zero_point[grids.group_of_column])
-    return Solution(codes, grids.grid, grids.group_of_column)
+    return Solution(codes, grids.grid, grids.group_of_column, None if rule.static else factor.order)
 
 
 def column_blocks(

@@ -12,6 +12,7 @@ from onecomp.errors import LayerError, QuantizationError
 from onecomp.export.quant_config import LayerBits, finalize_quant_config, gptq_quant_config
 from onecomp.linalg import quadratic_form
 from onecomp.quantizer.base import Quantizer
+from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.gptq.algorithm import (
     GridRule,
@@ -83,26 +84,34 @@ class GPTQ(Quantizer):
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
         bits = {"wbits": self.wbits, "mlp_wbits": self.mlp_wbits}
-        bits |= {f"module_wbits[{k!r}]": v for k, v in (self.module_wbits or {}).items()}
+        by_layer = self.module_wbits or {}
+        if isinstance(by_layer, dict):
+            bits |= {f"module_wbits[{name!r}]": value for name, value in by_layer.items()}
         sizes = {"groupsize": self.groupsize, "mlp_groupsize": self.mlp_groupsize}
         optional = {"mlp_wbits", "mlp_groupsize"}
         problems = [
             f"{name}={value!r}: must be a whole number from 1 to 8."
             for name, value in bits.items()
-            if not (value is None and name in optional) and not _whole(value, 1, 8)
+            if not (value is None and name in optional) and not is_whole(value, 1, 8)
         ]
         problems += [
             f"{name}={value!r}: must be -1 (one group a row) or at least 1."
             for name, value in sizes.items()
-            if not (value is None and name in optional) and value != -1 and not _whole(value, 1)
+            if not (value is None and name in optional) and not is_group_size(value)
         ]
-        if not _whole(self.blocksize, 1):
+        if not isinstance(by_layer, dict):
+            problems.append(f"module_wbits={by_layer!r}: must be a dict of bits by layer name.")
+        return problems + self._solver_problems()
+
+    def _solver_problems(self) -> list[str]:
+        problems = []
+        if not is_whole(self.blocksize, 1):
             problems.append(f"blocksize={self.blocksize!r}: must be a whole number, at least 1.")
-        if not self.percdamp >= SMALLEST_PERCDAMP:
+        if not as_number(self.percdamp) >= SMALLEST_PERCDAMP:
             problems.append(f"percdamp={self.percdamp!r}: must be at least {SMALLEST_PERCDAMP}.")
-        if self.mse and not _whole(self.q_grid, 1):
+        if self.mse and not is_whole(self.q_grid, 1):
             problems.append(f"q_grid={self.q_grid!r}: must be a whole number, at least 1.")
-        if self.mse and not self.q_norm > 0:
+        if self.mse and not as_number(self.q_norm) > 0:
             problems.append(f"q_norm={self.q_norm!r}: must be above 0.")
         return problems
 
@@ -217,10 +226,9 @@ class GPTQ(Quantizer):
         stacked = torch.cat(list(weights.values()))
         solution = self._solve(stacked, factors, rule)
         solution, errors = self._no_worse_than_rounding(solution, stacked, factors)
-        perm = None if rule.static or bits.groupsize == -1 else factors.order
         sizes = [len(weight) for weight in weights.values()]
         return {
-            name: self._result(bits, part, perm, part_errors)
+            name: self._result(bits, part, part_errors)
             for name, part, part_errors in zip(
                 weights, solution.split(sizes), errors.split(sizes, dim=1), strict=True
             )
@@ -253,9 +261,7 @@ class GPTQ(Quantizer):
             solution = solution.replace_rows(worse, nearest)
         return solution, torch.stack([torch.minimum(solved, rounded), energy])
 
-    def _result(
-        self, bits: LayerBits, solution: Solution, perm: Tensor | None, errors: Tensor
-    ) -> GPTQResult:
+    def _result(self, bits: LayerBits, solution: Solution, errors: Tensor) -> GPTQResult:
         scales, zeros = solution.grid.scale, solution.grid.zero_point
         if bits.groupsize == -1:
             scales, zeros = scales.T, zeros.T
@@ -269,7 +275,7 @@ class GPTQ(Quantizer):
             qweight=solution.codes.T.to("cpu", torch.int32).contiguous(),
             scales=scales.to("cpu", torch.float16).contiguous(),
             qzeros=zeros.to("cpu", torch.float16).contiguous(),
-            perm=None if perm is None else perm.cpu(),
+            perm=None if solution.order is None else solution.order.cpu(),
         )
 
     def get_quant_config(self) -> dict:
@@ -277,12 +283,15 @@ class GPTQ(Quantizer):
         return gptq_quant_config(
             wbits=self.wbits,
             groupsize=self.groupsize,
-            actorder=self.actorder and not self.static_groups and self.groupsize != -1,
+            actorder=self.actorder and not self.static_groups and self._has_groups(),
             sym=self.sym,
             mlp_wbits=self.mlp_wbits,
             mlp_groupsize=self.mlp_groupsize,
             module_wbits=self.module_wbits,
         )
+
+    def _has_groups(self) -> bool:
+        return any(size not in (None, -1) for size in (self.groupsize, self.mlp_groupsize))
 
     # pyrefly: ignore[bad-override]  # a method is only given results of its own
     def create_inference_layer(
@@ -300,8 +309,3 @@ class GPTQ(Quantizer):
         """Add bits and group sizes of the layers where they differ."""
         layers = {name: self.layer_bits(name) for name in quantized_layer_names}
         return finalize_quant_config(quant_config, layers, num_hidden_layers)
-
-
-def _whole(value: object, least: int, most: int | None = None) -> bool:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return is_whole and value >= least and (most is None or value <= most)

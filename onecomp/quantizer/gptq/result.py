@@ -9,7 +9,7 @@ from torch import Tensor
 from onecomp.quantizer.result import QuantizationResult
 
 
-@dataclass
+@dataclass(eq=False)
 class GPTQResult(QuantizationResult):
     """Integer codes on one grid per group of columns.
 
@@ -22,7 +22,7 @@ class GPTQResult(QuantizationResult):
     groupsize: int | None = None
     """Columns per group; -1 for one group a row."""
     actorder: bool | None = None
-    """Groups are formed in the order of ``perm``."""
+    """Columns were solved in order of falling activation."""
     sym: bool | None = None
     qweight: Tensor | None = None
     """Codes 0..2**wbits - 1, int32 ``(out, in)`` in the layer's own column order, CPU."""
@@ -31,8 +31,9 @@ class GPTQResult(QuantizationResult):
     qzeros: Tensor | None = None
     """Zero points, float16 with whole values, CPU."""
     perm: Tensor | None = None
-    """int64 ``(in,)``: column ``perm[i]`` belongs to group ``i // groupsize``; None when columns
-    keep their own order (always with ``static_groups``)."""
+    """int64 ``(in,)``: order of the columns with ``actorder``, column ``perm[i]`` belongs to group
+    ``i // groupsize``. None when groups keep the layer's own order: without ``actorder``, with
+    ``static_groups``, and where the layer was rounded to nearest."""
 
     @property
     def group_index(self) -> Int[Tensor, "in"]:

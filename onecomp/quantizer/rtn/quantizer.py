@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from onecomp.errors import LayerError
 from onecomp.export.quant_config import LayerBits, finalize_quant_config, gptq_quant_config
 from onecomp.quantizer.base import Quantizer
+from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.gptq.layer import GPTQLinear
 from onecomp.quantizer.gptq.result import GPTQResult
 from onecomp.quantizer.grid import GridSearch, fit_grid, round_to_nearest
@@ -39,11 +40,11 @@ class RTN(Quantizer):
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
         problems = []
-        if not 1 <= self.wbits <= 8:
+        if not is_whole(self.wbits, 1, 8):
             problems.append(f"wbits={self.wbits!r}: must be a whole number from 1 to 8.")
-        if self.groupsize != -1 and self.groupsize < 1:
+        if not is_group_size(self.groupsize):
             problems.append(f"groupsize={self.groupsize!r}: must be -1 or at least 1.")
-        if self.mse and (self.grid < 1 or self.norm <= 0):
+        if self.mse and not (is_whole(self.grid, 1) and as_number(self.norm) > 0):
             problems.append(f"grid={self.grid!r}, norm={self.norm!r}: grid >= 1 and norm > 0.")
         return problems
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from onecomp.quantizer.result import QuantizationResult
 
 
-@dataclass
+@dataclass(eq=False)
 class RTNResult(QuantizationResult):
     """Integer codes on one grid per group of columns of each row."""
 

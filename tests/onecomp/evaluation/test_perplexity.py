@@ -5,7 +5,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from onecomp.errors import ConfigError, InputError
 from onecomp.evaluation import perplexity
@@ -191,10 +197,36 @@ def test_none_means_the_models_positions_and_no_overlap(tmp_path):
     )
 
 
-def test_windows_beyond_the_models_positions_are_warned_of(tmp_path, caplog):
-    name = word_file(tmp_path / "text.txt", 50)
+@pytest.mark.parametrize(("num_tokens", "is_warned_of"), [(64, False), (65, True)])
+def test_windows_beyond_the_models_positions_are_warned_of(
+    tmp_path, caplog, num_tokens, is_warned_of
+):
+    name = word_file(tmp_path / "text.txt", num_tokens)
     calculate_perplexity(tiny_llama(), word_tokenizer(), dataset_name=name)
-    assert "max_length=2048 is beyond the 64 positions" in caplog.text
+    assert ("max_length=65 is beyond the 64 positions" in caplog.text) is is_warned_of
+
+
+def test_windows_that_the_model_cannot_compute_are_refused():
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    model = OPTForCausalLM(config)
+    perplexity_of_tokens(model, random_tokens(100), max_length=64, stride=64)
+    with pytest.raises(InputError, match="max_length=65 is beyond the model's 64 positions"):
+        perplexity_of_tokens(model, random_tokens(100), max_length=65, stride=65)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused():
+    input_ids = random_tokens(10)
+    input_ids[3] = VOCABULARY
+    with pytest.raises(InputError, match=f"gives token {VOCABULARY}, but the model's embedding"):
+        perplexity_of_tokens(tiny_llama(), input_ids, max_length=8, stride=8)
 
 
 def test_too_short_a_text_is_refused(tmp_path):

@@ -66,6 +66,32 @@ def test_an_unreadable_file_is_named_with_the_remedy(tmp_path, name, content):
         load_texts(str(tmp_path / name))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": null}\n{"text": "y"}\n'),
+        ("a.csv", "number,text\n1,x\n2\n3,y\n"),
+        ("a.tsv", "number\ttext\n1\tx\n2\n3\ty\n"),
+    ],
+)
+def test_a_cell_without_text_is_an_empty_row(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert load_texts(str(tmp_path / name)) == ["x", "", "y"]
+
+
+def test_a_null_in_a_parquet_file_is_an_empty_row(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
+    assert load_texts(str(tmp_path / "a.parquet")) == ["x", ""]
+
+
+def test_a_dataset_that_comes_as_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "data.py").write_text("raise SystemExit\n")
+    with pytest.raises(InputError, match=r"data: cannot be had .* give a local text file"):
+        load_texts("data")
+
+
 def test_shorthands_name_the_public_datasets():
     wikitext = texts._hub_text("wikitext2", None, "validation", None)
     assert (wikitext.dataset_name, wikitext.dataset_config) == (

@@ -210,6 +210,14 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
             lambda t: t.update({"model.norm.qweight": torch.ones(2)}),
             r"unexpected quantized tensors model\.norm\.\{qweight,weight\}",
         ),
+        (
+            lambda t: t.update({f"{Q_PROJ}.bias": torch.ones(64)}),
+            f"{Q_PROJ} has a bias, but the model expects none",
+        ),
+        (
+            lambda t: t[f"{Q_PROJ}.g_idx"][5:].fill_(2),
+            f"{Q_PROJ}: g_idx has values from 0 to 2 for 2 groups",
+        ),
         (lambda t: t.pop("model.norm.weight"), r"tensors missing .*: model\.norm\.weight"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(2)}),
@@ -221,6 +229,13 @@ def test_tensors_that_do_not_fit_the_model_are_refused(checkpoint, change, text)
     rewrite_tensors(checkpoint, change)
     with pytest.raises(InputError, match=f"^{checkpoint}: {text}"):
         load_quantized_model(checkpoint)
+
+
+def test_a_quantized_layer_without_its_bias_is_refused(tmp_path):
+    write_quantized(tmp_path, tiny_model("qwen2"))
+    rewrite_tensors(tmp_path, lambda t: t.pop(f"{Q_PROJ}.bias"))
+    with pytest.raises(InputError, match=f"{Q_PROJ} has no bias, but the model expects one"):
+        load_quantized_model(tmp_path)
 
 
 def test_a_layer_the_model_does_not_have_is_refused(checkpoint):

@@ -20,6 +20,11 @@ def change_config(directory: Path, **values: object) -> None:
     (directory / "config.json").write_text(json.dumps(config | values))
 
 
+def open_and_build(directory: Path) -> Skeleton:
+    source = ModelSource.open(directory)
+    return Skeleton.build(source, source.config.dtype)
+
+
 def test_a_missing_path_is_refused_with_a_remedy(tmp_path):
     message = f"{tmp_path}/none: is not a directory, and the Hub has no such model or cannot be"
     with pytest.raises(InputError, match=re.escape(message)) as caught:
@@ -38,12 +43,39 @@ def test_a_directory_without_a_configuration_is_refused(tmp_path):
         ModelSource.open(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", '{"model_type": "unheard-of"}'])
+@pytest.mark.parametrize("content", ["{", "5", "[]", '{"model_type": "unheard-of"}'])
 def test_a_configuration_that_cannot_be_read_is_refused(tiny_model_dir, tmp_path, content):
     directory = copy_of(tiny_model_dir(), tmp_path)
     (directory / "config.json").write_text(content)
     with pytest.raises(InputError, match="cannot be read as a model configuration"):
         ModelSource.open(directory)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": "big"},
+        {"hidden_size": 65},
+        {"num_attention_heads": 0},
+        {"dtype": "none-such"},
+        {"rope_parameters": 5},
+        {"layer_types": ["none", "such"]},
+        {"quantization_config": 5},
+        {"pad_token_id": 1000},
+        {"hidden_act": "none"},
+        {"dtype": "int8"},
+        {"attn_implementation": "flash_attention_9"},
+        {"model_type": "t5", "d_model": 32},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_values_that_make_no_model_are_refused(tiny_model_dir, tmp_path, values):
+    directory = copy_of(tiny_model_dir(), tmp_path)
+    change_config(directory, **values)
+    message = r"(cannot be read as|describes no causal).* \(\w+: .{5,300}\)\. Correct it, or"
+    with pytest.raises(InputError, match=rf"config\.json: {message}"):
+        open_and_build(directory)
 
 
 def test_a_model_without_safetensors_is_refused(tiny_model_dir, tmp_path):
@@ -70,6 +102,38 @@ def test_a_missing_shard_is_named(tiny_model_dir, tmp_path):
     message = f"{shard}: is listed in model.safetensors.index.json but missing."
     with pytest.raises(InputError, match=re.escape(message)):
         ModelSource.open(directory)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{broken",
+        b"\xff\xfe",
+        b"[]",
+        b'"weight_map"',
+        b"{}",
+        b'{"weight_map": ["model.safetensors"]}',
+        b'{"weight_map": {"a": 5}}',
+        b'{"weight_map": {"a": ["b"]}}',
+    ],
+)
+def test_a_damaged_index_is_named(tiny_model_dir, tmp_path, content):
+    directory = copy_of(tiny_model_dir(max_shard_size="100KB"), tmp_path)
+    index = directory / "model.safetensors.index.json"
+    index.write_bytes(content)
+    message = rf"{index}: is not an index of weight files \(.*\)\. It must be JSON"
+    with pytest.raises(InputError, match=message):
+        ModelSource.open(directory)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_headers_say_shape_and_dtype(tiny_model_dir, dtype):
+    directory = tiny_model_dir(dtype=getattr(torch, dtype), max_shard_size="100KB")
+    source = ModelSource.open(directory)
+    headers, tensors = source.headers(), source.read(source.tensor_files)
+    assert {n: h.shape for n, h in headers.items()} == {n: t.shape for n, t in tensors.items()}
+    assert {h.dtype for h in headers.values()} == {{"float32": "F32", "bfloat16": "BF16"}[dtype]}
 
 
 def test_a_missing_tensor_is_named(tiny_model_dir, tmp_path):

@@ -1,3 +1,4 @@
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -134,6 +135,21 @@ def test_a_job_corrects_the_weights_that_error_propagation_names():
     assert same == {"a.q_proj": False, "a.mlp.down_proj": True}
 
 
+def test_a_job_with_an_indefinite_hessian_corrects_nothing_rounds_and_says_so():
+    weights = {"q_proj": draw(4, 16), "k_proj": draw(6, 16, seed=1)}
+    gram = torch.diag(torch.tensor([-100.0, *[1.0] * 15]))
+    statistics = GroupStatistics(2, [gram], draw(16, 16, seed=2))
+    results, fallbacks = quantize_group(GPTQ(), weights, statistics, QEPConfig(perccorr=1.0))
+    reasons = [fallback.split(" with ")[0] for fallback in fallbacks]
+    assert reasons == [
+        "weights not corrected: The Hessian is not positive definite",
+        "round to nearest: The Hessian is not positive definite",
+    ]
+    rounded, _ = quantize_group(RTN(sym=True), weights, None, None)
+    for name in weights:
+        assert torch.equal(results[name].dequantize(), rounded[name].dequantize())
+
+
 def test_a_job_without_tokens_rounds_to_nearest_and_says_so():
     weights = {"expert": draw(4, 32)}
     results, fallbacks = quantize_group(GPTQ(wbits=3), weights, None, None)
@@ -157,6 +173,40 @@ def test_a_job_names_the_layer_whose_weight_is_not_finite():
 def test_a_job_that_cannot_be_done_names_the_first_layer():
     with pytest.raises(LayerError, match=r"^layer: A scale of .* does not fit float16"):
         quantize_group(RTN(), {"layer": 1e9 * draw(4, 8)}, None, None)
+
+
+class Reading(Mapping[str, QuantizationResult]):
+    """Results that are made when they are read, as those of a run directory."""
+
+    def __init__(self, names: list[str]):
+        self.names, self.num_read = names, 0
+
+    def __getitem__(self, name: str) -> QuantizationResult:
+        if name not in self.names:
+            raise KeyError(name)
+        self.num_read += 1
+        return QuantizationResult(quantization_time=float(self.num_read))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def test_the_hook_adds_to_the_results_of_a_run_and_reads_none_of_them():
+    model, stored = small_model(), Reading(["layers.0.q", "other"])
+    quantizer = RTN()
+    quantizer.setup(model)
+    quantizer.results = stored
+    for name in ("layers.0.q", "layers.0.mlp"):
+        quantizer.quantize(model.get_submodule(name), torch.ones(2, 32), None)
+    assert set(quantizer.results) == {"layers.0.q", "other", "layers.0.mlp"}
+    assert stored.num_read == 0
+    for name in ("layers.0.q", "layers.0.mlp"):
+        expected = RTN().quantize_layer(model.get_submodule(name))
+        assert torch.equal(quantizer.results[name].dequantize(), expected.dequantize())
+    assert quantizer.results["other"].quantization_time == 1.0
 
 
 def test_results_replace_layers_of_a_model_in_place():

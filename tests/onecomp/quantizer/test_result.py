@@ -1,5 +1,6 @@
 import pickle
-import re
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from onecomp.errors import ConfigError, InputError, LayerError
-from onecomp.quantizer import GPTQ, GPTQResult, QuantizationResult, ResultLoader
+from onecomp.quantizer import GPTQ, GPTQResult, QuantizationResult, ResultLoader, RTNResult
 
 
 def gptq_results() -> dict[str, QuantizationResult]:
@@ -70,11 +71,43 @@ def test_a_pickled_object_is_refused_and_its_code_is_not_run(tmp_path, weights_o
     assert trace.exists()
 
 
-@pytest.mark.parametrize("content", [{"layer": {"no": "type"}}, {"layer": 3}, [1, 2]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"layer": {"no": "type"}},
+        {"layer": 3},
+        [1, 2],
+        {"weight": torch.ones(2, 3)},
+        {"bias": torch.ones(3), "weight": torch.tensor(1.0)},
+        {"layer": {"type": "GPTQResult", "tensors": {"unheard": torch.ones(1)}, "values": {}}},
+        torch.ones(3),
+    ],
+)
 def test_other_files_are_refused(tmp_path, content):
-    torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="is not a results file of this package"):
-        GPTQ().load_results(tmp_path / "other.pt")
+    file = tmp_path / "other.pt"
+    torch.save(content, file)
+    with pytest.raises(InputError, match=f"^{file}: is not a results file of this package"):
+        GPTQ().load_results(file)
+
+
+def cut_and_changed(whole: bytes) -> Iterator[bytes]:
+    """Files that were cut or written over, and files that never were any."""
+    draw = random.Random(0)
+    for _ in range(100):
+        yield draw.randbytes(draw.choice([1, 4, 100]))
+        yield whole[: draw.randrange(len(whole))]
+        yield bytes(draw.randrange(256) if draw.random() < 0.02 else byte for byte in whole)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_junk_is_refused_whatever_its_bytes(tmp_path, is_zip):
+    file = tmp_path / "junk.pt"
+    torch.save({"layer": {"values": {}}}, file, _use_new_zipfile_serialization=is_zip)
+    for junk in [b"", b"some words\n", b"{}", *cut_and_changed(file.read_bytes())]:
+        file.write_bytes(junk)
+        with pytest.raises(InputError, match=f"^{file}: is not a results file of this package"):
+            GPTQ().load_results(file)
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -83,9 +116,17 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_a_result_class_that_is_not_imported_is_named():
-    message = "'Unheard' is not a known result class. Known: GPTQResult, QuantizationResult"
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    message = r"'Unheard' is not a known result class\. Known: .*GPTQResult, .*Import its module"
+    with pytest.raises(ConfigError, match=message):
         QuantizationResult.restore("Unheard", {}, {})
+
+
+def test_a_result_equals_itself_only():
+    for make in (QuantizationResult, GPTQResult, RTNResult):
+        one, other = (make(dequantized_weight=torch.ones(2)) for _ in range(2))
+        assert one == one
+        assert one != other
+        assert {one: 1, other: 2} == {other: 2, one: 1}
 
 
 def test_a_result_without_a_weight_says_so():

@@ -1,4 +1,8 @@
+import copy
 import dataclasses
+import json
+import math
+import pickle
 import re
 
 import pytest
@@ -10,38 +14,8 @@ from onecomp.jobs import quantize_group
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.gptq import GPTQ, GPTQResult
 from onecomp.quantizer.result import STATISTICS
+from onecomp.quantizer.rtn import RTN
 from onecomp.statistics import GroupStatistics
-
-DEFAULTS = {
-    "name": "GPTQ_4bit_perchannel",
-    "num_layers": None,
-    "calc_quant_error": False,
-    "include_layer_names": None,
-    "exclude_layer_names": ["lm_head"],
-    "include_layer_keywords": None,
-    "exclude_layer_keywords": None,
-    "target_layer_types": (nn.Linear,),
-    "hessian_dtype": torch.float32,
-    "module_to_name": {},
-    "results": {},
-    "flag_calibration": True,
-    "flag_hessian": True,
-    "flag_xtx": False,
-    "blocksize": 128,
-    "percdamp": 0.01,
-    "wbits": 4,
-    "groupsize": -1,
-    "actorder": False,
-    "mse": False,
-    "sym": True,
-    "q_grid": 600,
-    "q_norm": 2.4,
-    "mlp_wbits": None,
-    "mlp_groupsize": None,
-    "module_wbits": None,
-    "static_groups": False,
-    "weighted_mse": False,
-}
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -65,12 +39,6 @@ def same_result(one: GPTQResult, other: GPTQResult) -> bool:
     )
 
 
-def test_every_documented_default_in_the_documented_order():
-    quantizer = GPTQ()
-    assert {f.name: getattr(quantizer, f.name) for f in dataclasses.fields(quantizer)} == DEFAULTS
-    assert [f.name for f in dataclasses.fields(GPTQ)] == list(DEFAULTS)
-
-
 @pytest.mark.parametrize(
     "quantizer", [GPTQ(), GPTQ(wbits=3, groupsize=64, module_wbits={"a": 2}), GPTQ(name="mine")]
 )
@@ -81,6 +49,18 @@ def test_replacing_nothing_gives_an_equal_quantizer(quantizer):
 def test_the_name_says_bits_and_group_size_unless_it_is_given():
     assert GPTQ(wbits=3, groupsize=64).name == "GPTQ_3bit_gs64"
     assert GPTQ(name="mine", q_grid=0).name == "mine"  # no search, so its steps do not matter
+
+
+def test_a_default_name_follows_the_settings_and_a_given_one_stays():
+    quantizer = GPTQ(wbits=4, groupsize=128)
+    assert dataclasses.replace(quantizer, wbits=3).name == "GPTQ_3bit_gs128"
+    again = dataclasses.replace(dataclasses.replace(quantizer, wbits=3), groupsize=-1)
+    assert again == GPTQ(wbits=3)
+    sent = pickle.loads(pickle.dumps(copy.deepcopy(quantizer)))
+    assert dataclasses.replace(sent, groupsize=64).name == "GPTQ_4bit_gs64"
+    assert dataclasses.replace(GPTQ(name="mine"), wbits=3).name == "mine"
+    assert dataclasses.replace(quantizer, wbits=3, name="mine").name == "mine"
+    assert json.loads(json.dumps(quantizer.name)) == quantizer.name == "GPTQ_4bit_gs128"
 
 
 def test_all_problems_are_listed_at_once():
@@ -110,6 +90,34 @@ def test_all_problems_are_listed_at_once():
         "  - q_grid=0: must be a whole number, at least 1.",
         "  - q_norm=0.0: must be above 0.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"wbits": "4"}, "wbits='4': must be a whole number from 1 to 8."),
+        ({"wbits": True}, "wbits=True: must be a whole number from 1 to 8."),
+        ({"groupsize": 1.5}, "groupsize=1.5: must be -1 (one group a row) or at least 1."),
+        ({"groupsize": -1.0}, "groupsize=-1.0: must be -1 (one group a row) or at least 1."),
+        ({"mlp_groupsize": "8"}, "mlp_groupsize='8': must be -1 (one group a row) or at least 1."),
+        ({"percdamp": "x"}, "percdamp='x': must be at least 0.000395."),
+        ({"percdamp": None}, "percdamp=None: must be at least 0.000395."),
+        ({"percdamp": math.inf}, "percdamp=inf: must be at least 0.000395."),
+        ({"blocksize": 12.0}, "blocksize=12.0: must be a whole number, at least 1."),
+        ({"mse": True, "q_norm": "2"}, "q_norm='2': must be above 0."),
+        ({"mse": True, "q_grid": "600"}, "q_grid='600': must be a whole number, at least 1."),
+        ({"module_wbits": ["a"]}, "module_wbits=['a']: must be a dict of bits by layer name."),
+        (
+            {"module_wbits": {"a": "4"}},
+            "module_wbits['a']='4': must be a whole number from 1 to 8.",
+        ),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_a_problem_like_one_out_of_range(settings, problem):
+    quantizer = GPTQ()
+    vars(quantizer).update(settings)  # by a constructor the tests' type checks would be first
+    with pytest.raises(ConfigError, match=f"^GPTQ: {re.escape(problem)}$"):
+        quantizer.validate_params()
 
 
 def test_bits_come_from_the_layer_then_the_mlp_then_the_default():
@@ -197,7 +205,46 @@ def test_what_is_stored_is_what_was_solved_with(groupsize, actorder, static_grou
         torch.float16,
     )
     assert result.scales.shape == ((12, 1) if groupsize == -1 else (3, 12))
-    assert (result.perm is not None) == (actorder and not static_groups and groupsize != -1)
+    assert (result.perm is not None) == (actorder and not static_groups)
+
+
+def test_with_one_group_a_row_the_order_of_solving_is_kept_and_nothing_depends_on_it():
+    layer, rows = linear(64, 32), correlated(200, 64)
+    quantizer = GPTQ(actorder=True)
+    result = quantizer.quantize_layer(layer, rows)
+    energies = rows.square().sum(dim=0)[result.perm]
+    assert (energies[:-1] >= energies[1:] * (1 - 1e-5)).all()
+    assert not torch.equal(result.perm, torch.arange(64))
+    without = dataclasses.replace(result, perm=None)
+    assert torch.equal(result.dequantize(), without.dequantize())
+    stored, expected = (
+        quantizer.create_inference_layer(r, layer).packed_state() for r in (result, without)
+    )
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(stored[name], expected[name]) for name in stored)
+    assert not stored["g_idx"].any()
+
+
+@pytest.mark.parametrize("actorder", [False, True])
+@pytest.mark.parametrize("static_groups", [False, True])
+@pytest.mark.parametrize("groupsize", [-1, 16])
+@pytest.mark.parametrize("mlp_groupsize", [None, -1, 8])
+def test_the_config_says_whether_a_layer_needs_its_group_index(
+    actorder, static_groups, groupsize, mlp_groupsize
+):
+    quantizer = GPTQ(
+        groupsize=groupsize,
+        mlp_groupsize=mlp_groupsize,
+        actorder=actorder,
+        static_groups=static_groups,
+    )
+    factors = HessianFactors(hessian := GroupStatistics.of(correlated(200, 32), None).hessian())
+    factors.order = quantizer.column_order(hessian)
+    weights = {name: draw(32, 32) for name in ("self_attn.q_proj", "mlp.up_proj")}
+    results = quantizer.quantize_weights(weights, factors).values()
+    layers = [quantizer.create_inference_layer(r, linear(32, 32)) for r in results]
+    config = quantizer.get_quant_config()
+    assert config["desc_act"] == config["actorder"] == any(layer.actorder for layer in layers)
 
 
 def test_a_hessian_that_is_not_positive_definite_gets_more_damping_and_says_so():
@@ -208,13 +255,19 @@ def test_a_hessian_that_is_not_positive_definite_gets_more_damping_and_says_so()
     assert factors.fallbacks[0] == "percdamp 0.01 -> 0.1 in torch.float32"
 
 
-def test_an_indefinite_hessian_is_rounded_to_nearest_and_says_so():
-    weight, hessian = draw(3, 16), torch.diag(torch.tensor([-100.0, *[1.0] * 15]))
-    factors = HessianFactors(hessian)
-    result = GPTQ().quantize_weights({"layer": weight}, factors)["layer"]
+@pytest.mark.parametrize("groupsize", [-1, 4])
+@pytest.mark.parametrize("actorder", [False, True])
+@pytest.mark.parametrize("static_groups", [False, True])
+def test_an_indefinite_hessian_is_rounded_to_nearest_and_says_so(
+    groupsize, actorder, static_groups
+):
+    weight, hessian = draw(3, 16), torch.diag(torch.tensor([-100.0, *range(1, 16)]))
+    quantizer = GPTQ(groupsize=groupsize, actorder=actorder, static_groups=static_groups)
+    factors = HessianFactors(hessian, quantizer.column_order(hessian))
+    result = quantizer.quantize_weights({"layer": weight}, factors)["layer"]
     assert factors.fallbacks[0].startswith("round to nearest: The Hessian is not positive definite")
-    expected = GPTQ().quantize_weights({"layer": weight}, HessianFactors(torch.eye(16)))["layer"]
-    assert same_result(result, expected)
+    rounded = RTN(groupsize=groupsize, sym=True).quantize_weights({"layer": weight}, None)["layer"]
+    assert torch.equal(result.dequantize(), rounded.dequantize())
 
 
 def test_rows_that_rounding_serves_better_are_rounded_and_counted():
@@ -304,6 +357,42 @@ def test_sums_given_by_the_caller_replace_those_of_the_inputs():
     given = {"hessian": statistics.hessian(), "delta_hatX": statistics.delta()}
     GPTQ().quantize_with_qep(layers[1], torch.zeros(1, 32), None, **given)
     assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+@pytest.mark.parametrize("calc_quant_error", [False, True])
+def test_sums_are_enough_for_error_propagation(calc_quant_error):
+    original, quantized = correlated(100, 32), correlated(100, 32, seed=7)
+    statistics = GroupStatistics.of(quantized, original)
+    given = {"hessian": statistics.hessian(), "delta_hatX": statistics.delta()}
+    layers = linear(32, 8), linear(32, 8)
+    quantizers = GPTQ(), GPTQ(calc_quant_error=calc_quant_error)
+    quantizers[0].quantize_with_qep(layers[0], quantized, original)
+    quantizers[1].quantize_with_qep(layers[1], None, **given)
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    [expected], [result] = (quantizer.results.values() for quantizer in quantizers)
+    assert same_result(result, expected)
+    assert (result.weight_squared_error is not None) == calc_quant_error
+    assert result.output_squared_error is None
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"hessian": torch.eye(32), "original_input_activation": draw(4, 32)}]
+)
+def test_what_cannot_be_computed_without_the_input_is_refused(given):
+    message = (
+        "the layer: quant_input_activation=None: give it, or hessian and delta_hatX in its place."
+    )
+    with pytest.raises(LayerError, match=f"^{re.escape(message)}$"):
+        GPTQ().quantize_with_qep(linear(32, 8), None, **given)
+
+
+def test_a_hessian_alone_is_quantized_without_correction():
+    layer, hessian = linear(32, 8), GroupStatistics.of(correlated(100, 32), None).hessian()
+    before, quantizer = layer.weight.clone(), GPTQ()
+    quantizer.quantize_with_qep(layer, None, hessian=hessian)
+    assert torch.equal(layer.weight, before)
+    [result] = quantizer.results.values()
+    assert same_result(result, GPTQ().quantize_layer(layer, None, hessian))
 
 
 def test_weighted_range_search_lowers_the_output_error_when_columns_differ_in_activation():

@@ -77,3 +77,22 @@ def test_problems_are_listed_and_layers_named():
     quantizer.module_to_name = {layer: "layer"}
     with pytest.raises(LayerError, match=re.escape(message)):
         quantizer.quantize_layer(layer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"wbits": True}, "wbits=True: must be a whole number from 1 to 8."),
+        ({"wbits": "4"}, "wbits='4': must be a whole number from 1 to 8."),
+        ({"groupsize": 1.5}, "groupsize=1.5: must be -1 or at least 1."),
+        ({"groupsize": None}, "groupsize=None: must be -1 or at least 1."),
+        ({"mse": True, "grid": "9"}, "grid='9', norm=2.4: grid >= 1 and norm > 0."),
+        ({"mse": True, "grid": 9.5}, "grid=9.5, norm=2.4: grid >= 1 and norm > 0."),
+        ({"mse": True, "norm": "x"}, "grid=100, norm='x': grid >= 1 and norm > 0."),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_a_problem_like_one_out_of_range(settings, problem):
+    quantizer = RTN()
+    vars(quantizer).update(settings)  # by a constructor the tests' type checks would be first
+    with pytest.raises(ConfigError, match=f"^RTN: {re.escape(problem)}$"):
+        quantizer.validate_params()
