@@ -1,6 +1,6 @@
 """Speed, memory and accuracy of the main job on SmolLM2-135M; prints Markdown tables.
 
-    python benchmarks/quantize_smollm2.py MODEL TEXT [--only speed|memory|accuracy] [--windows 24]
+    python benchmarks/quantize_smollm2.py MODEL TEXT [--only speed|memory|accuracy] [--match "W4*"]
 
 MODEL is the directory that ``deploy/fetch_smollm2.py`` wrote. TEXT is one text file: its start
 calibrates (32 x 512 tokens), its second half is what perplexity is measured on.
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("speed", "memory", "accuracy"))
     parser.add_argument("--windows", type=int, default=24, help="512-token windows to evaluate on")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each speed setting")
-    parser.add_argument("--match", default="*", help="accuracy settings to run, a glob pattern")
+    parser.add_argument("--match", default="*", help="settings to run, a glob pattern")
     parser.add_argument(
         "--full", action="store_true", help="every accuracy setting, not the ten main ones"
     )
@@ -59,12 +59,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments.model, arguments.text, Path(folder), arguments.windows)
         if arguments.only in (None, "speed"):
-            print_speed(bench, arguments.repeat)
+            print_speed(bench, arguments.repeat, arguments.match)
         if arguments.only in (None, "memory"):
             print_memory(Path(folder))
         if arguments.only in (None, "accuracy"):
             settings = accuracy_settings(full=arguments.full)
-            print_accuracy(bench, [s for s in settings if fnmatchcase(s.label, arguments.match)])
+            print_accuracy(bench, matching(settings, arguments.match))
+
+
+def matching(settings: list[Setting], pattern: str) -> list[Setting]:
+    """Settings whose label fits a glob pattern."""
+    return [setting for setting in settings if fnmatchcase(setting.label, pattern)]
 
 
 class Bench:
@@ -102,13 +107,16 @@ class Bench:
 
 
 def matmul_rate() -> float:
-    """Measured float32 matmul operations per second with all threads, median of seven."""
+    """Measured float32 matmul operations per second with one thread a core, median of fifteen."""
+    num_threads = torch.get_num_threads()  # one while an executor works in this process
+    torch.set_num_threads(os.cpu_count() or 1)
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     rates = []
-    for _ in range(7):
+    for _ in range(15):
         started = time.perf_counter()
         a @ b
         rates.append(2 * 2048**3 / (time.perf_counter() - started))
+    torch.set_num_threads(num_threads)
     return statistics.median(rates)
 
 
@@ -137,23 +145,25 @@ def recomputed_operations(layout: ModelLayout, qep: QEPConfig) -> float:
     return once + forward * (len(layout.blocks[0].groups) + 1) - forward
 
 
-def print_speed(bench: Bench, repeat: int) -> None:
+def print_speed(bench: Bench, repeat: int, pattern: str) -> None:
     """Fractions of the measured matmul rate, in this process and on Ray."""
     plain = GPTQ(wbits=4, groupsize=64)
+    propagating = Setting("error propagation", plain, QEPConfig())
     settings = [
         Setting("full-precision inputs", plain),
         Setting("full-precision inputs, mse", replace(plain, mse=True)),
-        Setting("error propagation", plain, QEPConfig()),
+        propagating,
     ]
-    print("\n| executor | setting | seconds | processor seconds | Gop | Gop/s | of matmul rate |")
-    print("|---|---|---|---|---|---|---|")
+    settings = matching(settings, pattern)
+    print("\n| executor | setting | seconds | CPU seconds | Gop | Gop/s | matmul Gop/s | share |")
+    print("|---|---|---|---|---|---|---|---|")
     cores = os.cpu_count() or 1
     local = LocalExecutor()
     _print_speed_rows(bench, settings, local, "this process", repeat)
     local.stop()
     with ray_executor(cores) as executor:
         _print_speed_rows(bench, settings, executor, f"Ray, {cores} workers", repeat)
-    layout = bench.session(settings[2]).layout
+    layout = bench.session(propagating).layout
     saved = recomputed_operations(layout, QEPConfig()) / operations(layout, QEPConfig())
     print(f"\nRunning the block again for every group would take {saved:.2f}x the operations.")
 
@@ -165,11 +175,12 @@ def _print_speed_rows(
         rows = [_timed(bench, setting, executor) for _ in range(repeat)]
         seconds = statistics.median(row[0] for row in rows)
         processor = statistics.median(row[1] for row in rows)
+        rate = statistics.median(row[2] for row in rows)
         ratio = statistics.median(row[3] / row[0] / row[2] for row in rows)
         work = rows[0][3]
         print(
             f"| {name} | {setting.label} | {seconds:.1f} | {processor:.1f} | {work / 1e9:.0f} "
-            f"| {work / seconds / 1e9:.1f} | {ratio:.2f} |",
+            f"| {work / seconds / 1e9:.1f} | {rate / 1e9:.1f} | {ratio:.2f} |",
             flush=True,
         )
 

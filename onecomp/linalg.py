@@ -54,17 +54,17 @@ def from_strips(strips: list[Float[Tensor, "_ _"]]) -> Float[Tensor, "in in"]:
 
 
 def quadratic_form(
-    rows: Float[Tensor, "rows in"], matrix: Float[Tensor, "in in"]
+    columns: Float[Tensor, "in rows"], matrix: Float[Tensor, "in in"]
 ) -> Float[Tensor, "rows"]:
-    """``row @ matrix @ row`` for every row of ``rows``; ``matrix`` is symmetric.
+    """``x @ matrix @ x`` for every column ``x``; ``matrix`` is symmetric.
 
     Uses the symmetry: half of the product is computed.
     """
-    total = rows.new_zeros(len(rows))
+    total = columns.new_zeros(columns.shape[1])
     for a, b in strip_bounds(matrix.shape[0]):
-        part = rows[:, a:b] @ matrix[a:b, a:]
-        part[:, b - a :] *= 2
-        total += (part * rows[:, a:]).sum(dim=1)
+        part = matrix[a:b, a:b] @ columns[a:b]
+        part.addmm_(matrix[a:b, b:], columns[b:], alpha=2)
+        total += part.mul_(columns[a:b]).sum(dim=0)
     return total
 
 
@@ -122,6 +122,14 @@ class HessianFactor:
         eye = torch.eye(len(damped), dtype=dtype, device=damped.device)
         inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
         return cls(order, inverse.flip(0, 1).float().contiguous(), percdamp)
+
+    @cached_property
+    def unit_upper(self) -> Float[Tensor, "in in"]:
+        """``upper`` with each row divided by its diagonal, and zeros on the diagonal.
+
+        A column's plain error times its row here is what the columns behind it are corrected by.
+        """
+        return (self.upper / self.upper.diagonal()[:, None]).triu_(1)
 
     @cached_property
     def inverse_order(self) -> Tensor | None:

@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from onecomp.errors import InputError
 from onecomp.models.source import CONFIG_ERRORS, ModelSource, reason
@@ -35,7 +36,7 @@ class Skeleton:
         """
         config = copy.deepcopy(source.config)
         try:
-            with init_empty_weights(include_buffers=False):
+            with init_empty_weights(include_buffers=False), no_init_weights():
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, trust_remote_code=source.trust_remote_code
                 )

@@ -31,7 +31,7 @@ def fill_output_errors(
 
 
 def _output_energy(weight: Tensor, hessian: Tensor, tokens: int) -> float:
-    return quadratic_form(weight, hessian).sum(dtype=torch.float64).item() * tokens / 2
+    return quadratic_form(weight.T, hessian).sum(dtype=torch.float64).item() * tokens / 2
 
 
 def _ratio(part: float, whole: float) -> float:

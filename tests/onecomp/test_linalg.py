@@ -73,7 +73,7 @@ def test_quadratic_form_is_row_times_matrix_times_row(size):
     matrix = hessian_of(size).double()
     matrix = (matrix + matrix.T) / 2
     expected = torch.stack([row @ matrix @ row for row in rows])
-    torch.testing.assert_close(quadratic_form(rows, matrix), expected)
+    torch.testing.assert_close(quadratic_form(rows.T, matrix), expected)
 
 
 @pytest.mark.parametrize("with_order", [False, True])

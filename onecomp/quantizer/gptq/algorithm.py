@@ -44,15 +44,15 @@ class Solution:
     order: Tensor | None = None
     """Groups are runs of columns in this order; None for the layer's own."""
 
-    def weight(self) -> Float[Tensor, "out in"]:
-        """The dequantized weight."""
-        scale = self.grid.scale[self.group_of_column]
-        return ((self.codes - self.grid.zero_point[self.group_of_column]) * scale).T
+    def columns(self) -> Float[Tensor, "in out"]:
+        """The dequantized weight, transposed."""
+        centred = self.codes - self.grid.zero_point[self.group_of_column]
+        return centred.mul_(self.grid.scale[self.group_of_column])
 
-    def nearest(self, weight: Float[Tensor, "out in"]) -> "Solution":
-        """The same grids with each weight rounded on its own."""
-        scale = self.grid.scale[self.group_of_column]
-        codes = torch.round(weight.T / scale).add_(self.grid.zero_point[self.group_of_column])
+    def nearest(self, columns: Float[Tensor, "in out"]) -> "Solution":
+        """The same grids with each weight of a transposed matrix rounded on its own."""
+        codes = (columns / self.grid.scale[self.group_of_column]).round_()
+        codes.add_(self.grid.zero_point[self.group_of_column])
         return replace(self, codes=codes.clamp_(0, self.grid.maxq))
 
     def replace_rows(self, rows: Bool[Tensor, "out"], other: "Solution") -> "Solution":
@@ -101,7 +101,7 @@ def fit_static_grid(
 def nearest_solution(weight: Float[Tensor, "out in"], grid: Grid, groupsize: int) -> Solution:
     """Every weight rounded on its own (RTN)."""
     group_of_column = torch.arange(weight.shape[1], device=weight.device) // groupsize
-    return Solution(torch.empty_like(weight.T), grid, group_of_column).nearest(weight)
+    return Solution(torch.empty_like(weight.T), grid, group_of_column).nearest(weight.T)
 
 
 def gptq_quantize(
@@ -129,15 +129,16 @@ def gptq_quantize(
     """
     live = factor.permuted(weight).T.contiguous()
     grids = _Grids(weight, factor, rule, importance)
-    codes, errors = torch.empty_like(live), torch.empty_like(live[:blocksize])
+    codes, errors = torch.empty_like(live), torch.zeros_like(live[:blocksize])
+    unit_upper = factor.unit_upper
     for start, end in column_blocks(len(live), blocksize, grids.live_groupsize):
         block = _Block(
-            live[start:end], codes[start:end], errors, factor.upper[start:end, start:end], start
+            live[start:end], codes[start:end], errors, unit_upper[start:end, start:end], start
         )
         for group in grids.segments(start, end):
             grids.fit(start + group.start, live)
             block.solve(group, grids)
-        live[end:].addmm_(factor.upper[start:end, end:].T, errors[: end - start], alpha=-1)
+        live[end:].addmm_(unit_upper[start:end, end:].T, errors[: end - start], alpha=-1)
     codes = _unpermuted(codes, factor).add_(grids.grid.zero_point[grids.group_of_column])
     return Solution(codes, grids.grid, grids.group_of_column, None if rule.static else factor.order)
 
@@ -222,7 +223,7 @@ class _Grids:
 
 
 class _Block:
-    """A column block: its weights, codes and errors, and its part of the factor.
+    """A column block: its weights, codes and errors, and its part of the unit factor.
 
     Rows of these matrices are taken apart once: on small layers the time goes to calls, not to
     arithmetic.
@@ -231,40 +232,29 @@ class _Block:
     def __init__(self, live: Tensor, codes: Tensor, errors: Tensor, upper: Tensor, first: int):
         self._live, self._errors, self._upper, self._first = live, errors, upper, first
         self._columns = list(
-            zip(
-                live.unbind(),
-                codes.unbind(),
-                errors[: len(live)].unbind(),
-                (1 / upper.diagonal()).unbind(),
-                strict=True,
-            )
+            zip(live.unbind(), codes.unbind(), errors[: len(live)].unbind(), strict=True)
         )
-        self._buffer = torch.empty_like(errors[0])
 
     def solve(self, columns: range, grids: _Grids) -> None:
         """Quantize ``columns`` and correct all columns of the block behind them."""
-        for panel in range(columns.start, columns.stop, PANEL_COLUMNS):
-            end = min(panel + PANEL_COLUMNS, columns.stop)
-            for column in range(panel, end):
-                if column > panel:
-                    self._catch_up(panel, column)
+        for start in range(columns.start, columns.stop, PANEL_COLUMNS):
+            end = min(start + PANEL_COLUMNS, columns.stop)
+            errors = self._errors[start:end]
+            # Zero for the columns not yet solved: what their errors hold from before has no effect.
+            weights_of_errors = self._upper[start:end, start:end].unbind(dim=1)
+            for column in range(start, end):
+                if column > start:
+                    correction = weights_of_errors[column - start]
+                    self._columns[column][0].addmv_(errors.T, correction, alpha=-1)
                 self._round(column, grids.at(self._first + column))
-            behind = self._upper[panel:end, end:].T
-            self._live[end:].addmm_(behind, self._errors[panel:end], alpha=-1)
-
-    def _catch_up(self, panel: int, column: int) -> None:
-        """Correct a column for the errors of the panel's columns before it."""
-        errors, row = self._errors[panel:column].T, self._upper[panel:column, column]
-        self._columns[column][0].addmv_(errors, row, alpha=-1)
+            self._live[end:].addmm_(self._upper[start:end, end:].T, errors, alpha=-1)
 
     def _round(self, column: int, grid: tuple[Tensor, Tensor, Tensor]) -> None:
-        weight, code, error, inverse_diagonal = self._columns[column]
+        weight, code, error = self._columns[column]
         scale, smallest, largest = grid
         torch.div(weight, scale, out=code)
         code.round_().clamp_(smallest, largest)
-        torch.mul(code, scale, out=self._buffer)
-        torch.sub(weight, self._buffer, out=error)
-        error.mul_(inverse_diagonal)
+        torch.addcmul(weight, code, scale, value=-1, out=error)
 
 
 def _unpermuted(codes: Tensor, factor: HessianFactor) -> Tensor:

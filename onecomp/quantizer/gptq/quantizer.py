@@ -250,10 +250,11 @@ class GPTQ(Quantizer):
         self, solution: Solution, weight: Tensor, factors: HessianFactors
     ) -> tuple[Solution, Float[Tensor, "2 out"]]:
         """Best of solved and rounded rows, and each row's output error and output energy."""
-        nearest = solution.nearest(weight)
+        columns = weight.T.contiguous()
+        nearest = solution.nearest(columns)
         solved, rounded, energy = (
-            quadratic_form(rows, factors.hessian)
-            for rows in (weight - solution.weight(), weight - nearest.weight(), weight)
+            quadratic_form(part, factors.hessian)
+            for part in (columns - solution.columns(), columns - nearest.columns(), columns)
         )
         worse = rounded < solved
         if worse.any():

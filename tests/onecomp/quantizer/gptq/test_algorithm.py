@@ -69,7 +69,7 @@ def solve(weight: Tensor, hessian: Tensor, rule: GridRule, **options: object) ->
 
 
 def output_error(weight: Tensor, solution: Solution, hessian: Tensor) -> Tensor:
-    return quadratic_form((weight - solution.weight()).double(), hessian.double())
+    return quadratic_form((weight.T - solution.columns()).double(), hessian.double())
 
 
 @pytest.mark.parametrize("wbits", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -83,7 +83,7 @@ def test_identity_hessian_makes_gptq_round_to_nearest(wbits, groupsize, sym, sta
     solution = solve(weight, torch.eye(64), rule)
     nearest = nearest_solution(weight, fit_static_grid(weight, rule), groupsize)
     assert torch.equal(solution.codes, nearest.codes)
-    assert torch.equal(solution.weight(), nearest.weight())
+    assert torch.equal(solution.columns(), nearest.columns())
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_codes_equal_the_brain_surgeon_one_by_one(
         weight, hessian, rule, falling_diagonal(hessian) if actorder else None
     )
     assert torch.equal(solution.codes.T.double(), codes)
-    torch.testing.assert_close(solution.weight().double(), values)
+    torch.testing.assert_close(solution.columns().T.double(), values)
 
 
 @pytest.mark.parametrize("wbits", [2, 3])
@@ -222,15 +222,15 @@ def test_split_and_join_are_inverse():
     whole = solve(draw(10, 48), correlated_hessian(48), GridRule(4, 16, sym=False))
     joined = Solution.join(whole.split([3, 7]))
     assert torch.equal(joined.codes, whole.codes)
-    assert torch.equal(joined.weight(), whole.weight())
+    assert torch.equal(joined.columns(), whole.columns())
     assert torch.equal(joined.group_of_column, whole.group_of_column)
 
 
 def test_replace_rows_takes_whole_rows_from_the_other_solution():
     weight = draw(10, 48)
     solution = solve(weight, correlated_hessian(48), GridRule(4, 16, sym=False))
-    nearest = solution.nearest(weight)
+    nearest = solution.nearest(weight.T)
     rows = torch.arange(10) % 3 == 0
-    mixed = solution.replace_rows(rows, nearest).weight()
-    assert torch.equal(mixed[rows], nearest.weight()[rows])
-    assert torch.equal(mixed[~rows], solution.weight()[~rows])
+    mixed = solution.replace_rows(rows, nearest).columns().T
+    assert torch.equal(mixed[rows], nearest.columns().T[rows])
+    assert torch.equal(mixed[~rows], solution.columns().T[~rows])
