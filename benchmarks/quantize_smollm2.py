@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("speed", "memory", "accuracy"))
     parser.add_argument("--windows", type=int, default=24, help="512-token windows to evaluate on")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each speed setting")
+    parser.add_argument("--on", choices=("process", "ray"), help="measure speed on one executor")
     parser.add_argument("--match", default="*", help="settings to run, a glob pattern")
     parser.add_argument(
         "--full", action="store_true", help="every accuracy setting, not the ten main ones"
@@ -59,7 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments.model, arguments.text, Path(folder), arguments.windows)
         if arguments.only in (None, "speed"):
-            print_speed(bench, arguments.repeat, arguments.match)
+            print_speed(bench, arguments)
         if arguments.only in (None, "memory"):
             print_memory(Path(folder))
         if arguments.only in (None, "accuracy"):
@@ -145,7 +146,7 @@ def recomputed_operations(layout: ModelLayout, qep: QEPConfig) -> float:
     return once + forward * (len(layout.blocks[0].groups) + 1) - forward
 
 
-def print_speed(bench: Bench, repeat: int, pattern: str) -> None:
+def print_speed(bench: Bench, arguments: argparse.Namespace) -> None:
     """Fractions of the measured matmul rate, in this process and on Ray."""
     plain = GPTQ(wbits=4, groupsize=64)
     propagating = Setting("error propagation", plain, QEPConfig())
@@ -154,15 +155,17 @@ def print_speed(bench: Bench, repeat: int, pattern: str) -> None:
         Setting("full-precision inputs, mse", replace(plain, mse=True)),
         propagating,
     ]
-    settings = matching(settings, pattern)
+    settings, repeat = matching(settings, arguments.match), arguments.repeat
     print("\n| executor | setting | seconds | CPU seconds | Gop | Gop/s | matmul Gop/s | share |")
     print("|---|---|---|---|---|---|---|---|")
     cores = os.cpu_count() or 1
-    local = LocalExecutor()
-    _print_speed_rows(bench, settings, local, "this process", repeat)
-    local.stop()
-    with ray_executor(cores) as executor:
-        _print_speed_rows(bench, settings, executor, f"Ray, {cores} workers", repeat)
+    if arguments.on != "ray":
+        local = LocalExecutor()
+        _print_speed_rows(bench, settings, local, "this process", repeat)
+        local.stop()
+    if arguments.on != "process":
+        with ray_executor(cores) as executor:
+            _print_speed_rows(bench, settings, executor, f"Ray, {cores} workers", repeat)
     layout = bench.session(propagating).layout
     saved = recomputed_operations(layout, QEPConfig()) / operations(layout, QEPConfig())
     print(f"\nRunning the block again for every group would take {saved:.2f}x the operations.")

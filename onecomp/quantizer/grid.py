@@ -18,7 +18,7 @@ LARGEST_SCALE = 65504.0
 SMALLEST_SQUARE = 2.0**-40
 """Added to squared errors in units of the scale, since the logarithm of zero is slow."""
 SEARCH_CHUNK = 1 << 17
-"""Weights searched at once: a chunk and its temporaries stay in a processor's cache."""
+"""Weights times candidates tried at once: with their temporaries they stay in a cache."""
 
 
 @dataclass(frozen=True)
@@ -204,18 +204,19 @@ class _Best:
     ):
         self._candidates, self._columns, self._norm = candidates, columns, norm
         self._log_importance = _log_relative(importance) if importance is not None else None
-        self._buffers = torch.empty_like(columns), torch.empty_like(columns)
+        self._at_once = max(1, SEARCH_CHUNK // columns.numel())
+        shape = (self._at_once, *columns.shape)
+        self._buffers = columns.new_empty(shape), columns.new_empty(shape)
         self._error = torch.full_like(candidates.low, torch.inf)
         self.number = torch.ones_like(candidates.low)
 
     def try_candidates(self, numbers: Float[Tensor, "candidates _"]) -> None:
         """Compare candidates, one number each for all group-rows or one for every group-row."""
         scales, zero_points = self._candidates.grids(numbers)
-        inverses, factors = 1 / scales, scales.abs().pow_(self._norm)
-        lowest = -zero_points
-        highest = lowest + (2**self._candidates.wbits - 1)
-        for i, number in enumerate(numbers):
-            error = self._error_in_steps(inverses[i], lowest[i], highest[i]) * factors[i]
+        parts = zip(scales.split(self._at_once), zero_points.split(self._at_once), strict=True)
+        errors = torch.cat([self._errors_in_steps(*part) for part in parts])
+        errors.mul_(scales.abs().pow_(self._norm))
+        for number, error in zip(numbers, errors, strict=True):
             self.number = torch.where(error < self._error, number, self.number)
             self._error = torch.minimum(error, self._error)
 
@@ -223,18 +224,21 @@ class _Best:
         """Scale and zero point of the best."""
         return self._candidates.grids(self.number)
 
-    def _error_in_steps(self, inverse: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
-        """Sum of ``importance * |error / scale| ** norm``, through logarithms for speed."""
-        exact, codes = self._buffers
-        torch.mul(self._columns, inverse, out=exact)
+    def _errors_in_steps(
+        self, scales: Float[Tensor, "some k"], zero_points: Float[Tensor, "some k"]
+    ) -> Float[Tensor, "some k"]:
+        """Sums of ``importance * |error / scale| ** norm``, through logarithms for speed."""
+        exact, codes = (buffer[: len(scales)] for buffer in self._buffers)
+        torch.mul(self._columns, (1 / scales)[:, None], out=exact)
         torch.round(exact, out=codes)
-        torch.clamp(codes, lowest, highest, out=codes)
+        lowest = -zero_points[:, None]
+        torch.clamp(codes, lowest, lowest + (2**self._candidates.wbits - 1), out=codes)
         logarithm = exact.sub_(codes).square_().add_(SMALLEST_SQUARE).log_()
         if self._log_importance is None:
             logarithm.mul_(self._norm / 2)
         else:
             torch.add(self._log_importance, logarithm, alpha=self._norm / 2, out=logarithm)
-        return logarithm.exp_().sum(dim=0)
+        return logarithm.exp_().sum(dim=1)
 
 
 def _log_relative(importance: Float[Tensor, "columns k"]) -> Float[Tensor, "columns k"]:
