@@ -51,7 +51,7 @@ def quantize(  # noqa: PLR0913 - one parameter per option
             help="Columns per scale, -1 for a row. Default: largest of 128, 64, 32 that fits."
         ),
     ] = None,
-    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grids.")] = True,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grids.")] = True,
     mse: Annotated[bool, typer.Option(help="Search the range of each group.")] = True,
     actorder: Annotated[bool, typer.Option(help="Solve columns in order of activation.")] = True,
     static_groups: Annotated[bool, typer.Option(help="Groups of the original columns.")] = True,

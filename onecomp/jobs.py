@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.errors import LayerError, QuantizationError
-from onecomp.linalg import one_thread
+from onecomp.linalg import all_finite, one_thread
 from onecomp.qep.config import QEPConfig
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer.base import Quantizer
@@ -121,9 +121,8 @@ def _fill(
 
 def _require_finite(weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        if weight.sum().isfinite():  # as it is not where any value is not
-            continue
-        if bad := int((~torch.isfinite(weight)).sum()):
+        if not all_finite(weight):
+            bad = int((~torch.isfinite(weight)).sum())
             raise LayerError(
                 name,
                 f"its weight holds {bad} NaN or infinite values of {weight.numel()}. "

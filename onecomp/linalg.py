@@ -27,6 +27,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
+def all_finite(tensor: Shaped[Tensor, "*shape"]) -> bool:
+    """Whether no value is NaN or infinite; much faster than ``isfinite().all()``, takes no memory.
+
+    Smallest and largest value are NaN where any value is.
+    """
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 def strip_bounds(size: int) -> list[tuple[int, int]]:
     """Cut 0..size into at most 16 strips of 128 columns or more, as even as can be."""
     count = min(MAX_STRIPS, max(1, size // STRIP_COLUMNS))

@@ -39,7 +39,7 @@ from onecomp.models import (
 from onecomp.pipeline import quantize_model
 from onecomp.progress import Progress
 from onecomp.quantizer import QuantizationResult, Quantizer
-from onecomp.store import RunDirectory
+from onecomp.store import RUN_FILE, RunDirectory
 from onecomp.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,7 @@ class Session:
         """
         run, output = RunDirectory(_absolute(run_dir)), output and _absolute(output)
         _require_places(run, output, job.model_config.source, may_replace=overwrite)
-        skeleton = Skeleton.build(job.model_config.source, job.model_config.torch_dtype)
-        require_stored_tensors(skeleton)
+        skeleton = _checked_skeleton(job)
         layout = find_layers(job.quantizer, skeleton)
         samples = samples or _samples(job, skeleton)
         if samples is not None:
@@ -117,13 +116,12 @@ class Session:
             may_replace, evaluation_text = record["overwrite"], record["evaluation_text"]
         except (KeyError, TypeError) as error:
             raise InputError(
-                run.path / "run.json",
+                run.path / RUN_FILE,
                 f"does not describe a run of this version ({error!r}). Begin anew elsewhere.",
             ) from error
         if not _has_checkpoint_in_place(run, output):
             _require_places(run, output, job.model_config.source, may_replace=may_replace)
-        skeleton = Skeleton.build(job.model_config.source, job.model_config.torch_dtype)
-        require_stored_tensors(skeleton)
+        skeleton = _checked_skeleton(job)
         samples = run.samples()
         now = job.record(samples)
         if changed := differences(record, now):
@@ -239,6 +237,13 @@ def _without_state(quantizer: Quantizer) -> Quantizer:
     settings = copy.copy(quantizer)
     settings.results, settings.module_to_name = {}, {}
     return settings
+
+
+def _checked_skeleton(job: QuantizationJob) -> Skeleton:
+    """The model without weights; its files hold every one of them."""
+    skeleton = Skeleton.build(job.model_config.source, job.model_config.torch_dtype)
+    require_stored_tensors(skeleton)
+    return skeleton
 
 
 def _samples(job: QuantizationJob, skeleton: Skeleton) -> CalibrationSamples | None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.errors import LayerError
-from onecomp.linalg import from_strips, gram_strips, strip_bounds
+from onecomp.linalg import from_strips, gram_strips
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,6 @@ class GroupStatistics:
             original_rows = original_rows.reshape(-1, rows.shape[-1]).float()
             cross = (original_rows - rows).T @ rows
         return cls(len(rows), gram_strips(rows), cross)
-
-    def with_rows(
-        self, rows: Float[Tensor, "tokens in"], original_rows: Float[Tensor, "tokens in"] | None
-    ) -> "GroupStatistics":
-        """These sums and those over more rows, made in place: ``self`` is of no use afterwards."""
-        rows = rows.float()
-        for (a, b), strip in zip(strip_bounds(rows.shape[1]), self.gram, strict=True):
-            strip.addmm_(rows[:, a:b].T, rows[:, a:])
-        if original_rows is not None:
-            self.cross.addmm_((original_rows.float() - rows).T, rows)
-        return GroupStatistics(self.num_tokens + len(rows), self.gram, self.cross)
 
     def __add__(self, other: "GroupStatistics") -> "GroupStatistics":
         cross = None if self.cross is None else self.cross + other.cross
@@ -138,8 +127,8 @@ class ShardSums:
         num_rows = sum(len(rows) for rows, _ in self._rows)
         if self._sums is not None or 2 * num_rows >= rows.shape[1]:
             for part in self._rows:
-                is_first = self._sums is None
-                self._sums = GroupStatistics.of(*part) if is_first else self._sums.with_rows(*part)
+                sums = GroupStatistics.of(*part)
+                self._sums = sums if self._sums is None else self._sums + sums
             self._rows.clear()
 
     def contribution(self) -> Contribution | None:

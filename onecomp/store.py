@@ -31,15 +31,13 @@ from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_json, write_shard
 from onecomp.quantizer.result import QuantizationResult
 
-FILES = (
-    "run.json",
-    "calibration.safetensors",
-    "blocks",
-    "checkpoint",
-    "events.jsonl",
-    "report.html",
-)
-"""What a run writes; ``run.json`` first, as it makes a directory a run."""
+RUN_FILE = "run.json"
+EVENTS_FILE = "events.jsonl"
+CALIBRATION_FILE = "calibration.safetensors"
+BLOCKS = "blocks"
+CHECKPOINT = "checkpoint"
+FILES = (RUN_FILE, CALIBRATION_FILE, BLOCKS, CHECKPOINT, EVENTS_FILE, "report.html")
+"""What a run writes; the record first, as it makes a directory a run."""
 REPLACED = "replaced"
 SEPARATOR = "|"
 NARROW = {"int32": torch.uint8, "int64": torch.int32}
@@ -55,14 +53,14 @@ class RunDirectory:
     @property
     def checkpoint(self) -> Path:
         """Where the checkpoint is put together before it is moved to its place."""
-        return self.path / "checkpoint"
+        return self.path / CHECKPOINT
 
     # Identity
 
     @property
     def exists(self) -> bool:
         """Whether a run was begun here."""
-        return (self.path / "run.json").is_file()
+        return (self.path / RUN_FILE).is_file()
 
     def set_aside(self) -> None:
         """Move what an earlier run left here to ``replaced/``; other files stay.
@@ -92,8 +90,8 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         if samples is not None:
             tokens = {"input_ids": samples.input_ids, "attention_mask": samples.attention_mask}
-            write_shard(self.path, "calibration.safetensors", tokens)
-        write_json(self.path / "run.json", record)
+            write_shard(self.path, CALIBRATION_FILE, tokens)
+        write_json(self.path / RUN_FILE, record)
 
     def record(self) -> dict:
         """What is being made.
@@ -104,10 +102,10 @@ class RunDirectory:
         if not self.exists:
             raise InputError(self.path, "is not a run directory (it holds no run.json).")
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            return json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(
-                self.path / "run.json",
+                self.path / RUN_FILE,
                 f"cannot be read ({error}). Begin anew in another directory.",
             ) from error
 
@@ -119,7 +117,7 @@ class RunDirectory:
 
     def samples(self) -> CalibrationSamples | None:
         """The calibration tokens; None for a run without."""
-        path = self.path / "calibration.safetensors"
+        path = self.path / CALIBRATION_FILE
         if not path.is_file():
             return None
         try:
@@ -136,7 +134,7 @@ class RunDirectory:
 
     def block_path(self, block_index: int) -> Path:
         """File of one block's results."""
-        return self.path / "blocks" / f"{block_index:05d}.safetensors"
+        return self.path / BLOCKS / f"{block_index:05d}.safetensors"
 
     def has_block(self, block_index: int) -> bool:
         """Whether the block is finished."""
@@ -183,7 +181,7 @@ class RunDirectory:
     def append(self, event: str, **fields: object) -> None:
         """Add one line to the journal, behind half a line that a killed run may have left."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n"
-        with (self.path / "events.jsonl").open("a+b") as file:
+        with (self.path / EVENTS_FILE).open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else "\n" + line
@@ -191,7 +189,7 @@ class RunDirectory:
 
     def events(self, kind: str) -> list[dict]:
         """Events of one kind, in order."""
-        events, _ = read_events(self.path / "events.jsonl")
+        events, _ = read_events(self.path / EVENTS_FILE)
         return [event for event in events if event.get("event") == kind]
 
     def mean_output_error(self) -> str:
@@ -247,7 +245,7 @@ class StoredResults(Mapping[str, QuantizationResult]):
         self._run, self._keeps = run, keeps
         self._block_of = {
             name: int(path.stem)
-            for path in sorted((run.path / "blocks").glob("*.safetensors"))
+            for path in sorted((run.path / BLOCKS).glob("*.safetensors"))
             for name in _layer_names(path)
         }
         self._last: tuple[int, dict[str, QuantizationResult]] | None = None

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from onecomp.errors import ConfigError
 from onecomp.evaluation.texts import load_texts, tokenize_texts
-from onecomp.models import ModelConfig, require_known_tokens, require_positions
+from onecomp.models import ModelConfig, max_positions, require_known_tokens, require_positions
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +215,8 @@ def _require(model_config: ModelConfig | None, missing: str) -> ModelConfig:
 
 def _window_length(model: nn.Module, max_length: int | None) -> int:
     """``max_length``, or the positions of the model."""
-    positions = getattr(_config(model), "max_position_embeddings", None)
-    max_length = positions if max_length is None else max_length
+    if max_length is None:
+        max_length = max_positions(cast(PreTrainedModel, model))
     if max_length is None:
         raise ConfigError(
             "calculate_perplexity",

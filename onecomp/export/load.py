@@ -9,13 +9,11 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_balanced_memory
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,7 +28,7 @@ from onecomp.errors import InputError
 from onecomp.export.checkpoint import CONFIG, TOKENIZER_CONFIG
 from onecomp.export.quant_config import LayerBits, check_quant_config, quantized_layers
 from onecomp.models.config import load_tokenizer
-from onecomp.models.source import DOWNLOADED, ModelSource
+from onecomp.models.source import ModelSource, download_model
 from onecomp.quantizer.gptq.layer import REQUIRED_TENSORS, GPTQLinear
 from onecomp.quantizer.quant_linear import QuantLinear
 
@@ -39,6 +37,7 @@ logger = logging.getLogger(__name__)
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (TOKENIZER_CONFIG, "tokenizer.json", "tokenizer.model", "vocab.json")
 
+T = TypeVar("T")
 DeviceMap = str | Mapping[str, int | str | torch.device] | None
 
 
@@ -114,13 +113,14 @@ class Weights:
     directory: Path
     tensors: dict[str, Tensor]
 
-    def by_module(self) -> dict[str, dict[str, Tensor]]:
-        """Module name -> its own tensors by their name inside the module."""
-        modules: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            module_name, _, leaf = name.rpartition(".")
-            modules.setdefault(module_name, {})[leaf] = tensor
-        return modules
+
+def by_module(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Module name -> what belongs to its own tensors, by their name inside the module."""
+    modules: dict[str, dict[str, T]] = {}
+    for name, value in tensors.items():
+        module_name, _, leaf = name.rpartition(".")
+        modules.setdefault(module_name, {})[leaf] = value
+    return modules
 
 
 class QuantizedModelLoader:
@@ -139,26 +139,12 @@ def checkpoint_directory(directory: str | Path, local_files_only: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise InputError(directory, "is a file, not a directory. Name the checkpoint's directory.")
     if not path.exists():
-        path = _download(str(directory), local_files_only)
+        path = download_model(str(directory), local_files_only=local_files_only)
     if not (path / CONFIG).exists():
         raise InputError(
             path, f"holds no {CONFIG}: it is no checkpoint, or writing it was interrupted."
         )
     return path
-
-
-def _download(model_id: str, local_files_only: bool) -> Path:
-    try:
-        path = snapshot_download(
-            model_id, allow_patterns=DOWNLOADED, local_files_only=local_files_only
-        )
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise InputError(
-            model_id,
-            "is not a directory, and the Hub has no such model or cannot be reached "
-            f"({type(error).__name__}). Check the path, or download the model first.",
-        ) from error
-    return Path(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -190,11 +176,11 @@ def _quantized_model(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    modules, by_module = dict(model.named_modules()), weights.by_module()
+    modules, states = dict(model.named_modules()), by_module(weights.tensors)
     for name, bits in quantized_layers(quantization, modules).items():
-        layer = load_layer(by_module.pop(name, {}), bits, name, weights.directory)
+        layer = load_layer(states.pop(name, {}), bits, name, weights.directory)
         _place_layer(modules, name, layer, weights.directory)
-    for name, tensors in by_module.items():
+    for name, tensors in states.items():
         _fill_module(modules.get(name), name, tensors, weights.directory)
     model.tie_weights()
     _check_complete(model, weights)

@@ -17,6 +17,7 @@ from onecomp.errors import InputError
 from onecomp.export.checkpoint import CONFIG
 from onecomp.export.load import (
     CODE_TENSORS,
+    by_module,
     checkpoint_directory,
     load_layer,
     load_quantized_model,
@@ -117,13 +118,9 @@ class Checkpoint:
         return cls(files, quantization, dtype)
 
     @cached_property
-    def modules(self) -> dict[str, list[str]]:
-        """Names of each module's own tensors, relative to it."""
-        modules: dict[str, list[str]] = {}
-        for name in self.files.tensor_files:
-            module, _, leaf = name.rpartition(".")
-            modules.setdefault(module, []).append(leaf)
-        return modules
+    def modules(self) -> dict[str, dict[str, Path]]:
+        """Files of each module's own tensors, by their name inside the module."""
+        return by_module(self.files.tensor_files)
 
     @cached_property
     def packed(self) -> set[str]:

@@ -187,8 +187,25 @@ def _find_directory(model_id: str) -> Path:
         return path.resolve()
     if path.exists():
         raise InputError(model_id, "is a file. Give the model's directory or a Hub id.")
+    return download_model(model_id)
+
+
+def download_model(model_id: str, *, local_files_only: bool = False) -> Path:
+    """Directory of a Hub model, in the Hub's cache.
+
+    Args:
+        model_id: Hub id.
+        local_files_only: Do not ask the Hub; take what the cache has.
+
+    Raises:
+        InputError: There is no such model, or the Hub cannot be reached.
+    """
     try:
-        return Path(snapshot_download(model_id, allow_patterns=DOWNLOADED))
+        return Path(
+            snapshot_download(
+                model_id, allow_patterns=DOWNLOADED, local_files_only=local_files_only
+            )
+        )
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise InputError(
             model_id,

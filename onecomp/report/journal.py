@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onecomp.errors import InputError
-from onecomp.store import read_events
+from onecomp.store import EVENTS_FILE, RUN_FILE, read_events
 
 JsonObject = Mapping[str, object]
-
-RUN_FILE = "run.json"
-EVENTS_FILE = "events.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)

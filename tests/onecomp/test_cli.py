@@ -45,13 +45,6 @@ def done(*arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(sample_text(1500))
-    return path
-
-
-@pytest.fixture(scope="module")
 def model(tiny_model_dir: Callable[..., Path]) -> Path:
     return tiny_model_dir("llama")
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from worker_settings import worker_settings
 
 from onecomp.calibration import CalibrationSamples
 from onecomp.calibration.shards import cut_shards
 from onecomp.errors import ConfigError, InputError, LayerError
 from onecomp.executor import LocalExecutor
 from onecomp.export.load import load_quantized_model
-from onecomp.export.save import CheckpointWriter, has_format
 from onecomp.job import find_layers
 from onecomp.models import ModelSource, Skeleton
 from onecomp.pipeline import quantize_model
@@ -30,7 +30,7 @@ from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ, RTN, QuantizationResult, Quantizer
 from onecomp.quantizer.quant_linear import dense_layers
 from onecomp.store import RunDirectory, StoredResults
-from onecomp.worker import Worker, WorkerSettings
+from onecomp.worker import Worker
 
 NUM_SHARDS = 3
 PLAIN = GPTQ(wbits=4, groupsize=32)
@@ -54,31 +54,17 @@ def quantize(
 ) -> StoredResults:
     """Results of a run over a model directory; its checkpoint is in ``run / "checkpoint"``."""
     skeleton = Skeleton.build(ModelSource.open(model), torch.float32)
-    layout = find_layers(quantizer, skeleton)
     text = samples() if text is None else text
     shards = cut_shards(text, NUM_SHARDS) if quantizer.flag_calibration else []
-    directory = RunDirectory(run)
-    directory.begin({}, text)
-    writer = CheckpointWriter(directory.checkpoint, quantizer, not has_format(quantizer))
-    settings = WorkerSettings(
-        skeleton.source,
-        torch.float32,
-        "cpu",
-        layout,
-        quantizer,
-        qep,
-        len(shards),
-        directory,
-        writer,
-    )
+    settings = worker_settings(skeleton, quantizer, qep, len(shards), run)
     executor = LocalExecutor(num_workers)
     try:
-        with progress or Progress(len(layout.blocks), silent=True) as reported:
+        with progress or Progress(len(settings.layout.blocks), silent=True) as reported:
             quantize_model(settings, shards, executor, reported)
     finally:
         executor.stop()
-    writer.finish(skeleton, layout.layer_names)
-    return directory.results()
+    settings.writer.finish(skeleton, settings.layout.layer_names)
+    return settings.run.results()
 
 
 def load(model: Path) -> PreTrainedModel:

@@ -4,11 +4,9 @@ import gc
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import sample_text
 from torch import nn
 
 from onecomp.calibration import CalibrationConfig
@@ -27,13 +25,6 @@ IDS = torch.arange(3, 51)[None]
 @pytest.fixture(scope="module")
 def model_config(tiny_model_dir) -> ModelConfig:
     return ModelConfig(path=str(tiny_model_dir("llama")), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(sample_text(1500))
-    return path
 
 
 @pytest.fixture(scope="module")

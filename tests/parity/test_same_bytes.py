@@ -8,19 +8,18 @@ import pytest
 import torch
 from shared_cluster import FirstWorkers
 from torch import Tensor
+from worker_settings import worker_settings
 
 from actors.executor import RayExecutor
 from onecomp.calibration import CalibrationSamples
 from onecomp.calibration.shards import CalibrationShard, cut_shards
 from onecomp.executor import Executor, LocalExecutor
-from onecomp.export.save import CheckpointWriter
-from onecomp.models import ModelSource, Skeleton, inspect_model
+from onecomp.models import ModelSource, Skeleton
 from onecomp.pipeline import quantize_model
 from onecomp.progress import Progress
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ
 from onecomp.statistics import FewRows, GroupStatistics
-from onecomp.store import RunDirectory
 from onecomp.worker import Worker, WorkerSettings
 
 NUM_SHARDS = 9
@@ -56,21 +55,7 @@ def samples(count: int = 19) -> CalibrationSamples:
 
 def settings(skeleton: Skeleton, qep: QEPConfig | None, run: Path) -> WorkerSettings:
     quantizer = GPTQ(wbits=4, groupsize=64, actorder=True, static_groups=True, mse=True)
-    layout = inspect_model(skeleton, list(quantizer.select_layers(skeleton.model)))
-    run_directory = RunDirectory(run)
-    run_directory.begin({}, None)
-    writer = CheckpointWriter(run_directory.checkpoint, quantizer, dequantized=False)
-    return WorkerSettings(
-        skeleton.source,
-        torch.float32,
-        "cpu",
-        layout,
-        quantizer,
-        qep,
-        NUM_SHARDS,
-        run_directory,
-        writer,
-    )
+    return worker_settings(skeleton, quantizer, qep, NUM_SHARDS, run)
 
 
 def shards(count: int = 19) -> list[CalibrationShard]:

@@ -24,7 +24,6 @@ from onecomp.quantizer.gptq.algorithm import (
 from onecomp.quantizer.gptq.layer import GPTQLinear
 from onecomp.quantizer.gptq.result import GPTQResult
 from onecomp.quantizer.grid import GridSearch
-from onecomp.statistics import GroupStatistics
 
 ROW_TILE = 4096
 """Most rows solved at once; a wider group is cut into even tiles, wherever they run."""
@@ -184,9 +183,7 @@ class GPTQ(Quantizer):
         if hessian is None:
             if input is None:
                 raise LayerError(name or "the layer", "GPTQ needs its input or its Hessian.")
-            hessian = GroupStatistics.of(
-                input if isinstance(input, Tensor) else input[0], None
-            ).hessian()
+            hessian = self._observe(input).hessian()
         hessian = hessian.float()
         factors = HessianFactors(hessian, self.column_order(hessian))
         return self.quantize_weights({name or "": weight}, factors)[name or ""]
