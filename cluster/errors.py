@@ -12,11 +12,13 @@ class ActorLostError(ClusterError):
         actor: Number of the actor in its pool.
         call: What it was asked to do.
         reason: Ray's account of it.
+        out_of_memory: It used too much memory.
     """
 
-    def __init__(self, actor: int, call: str, reason: str):
-        super().__init__(actor, call, reason)
+    def __init__(self, actor: int, call: str, reason: str, out_of_memory: bool = False):
+        super().__init__(actor, call, reason, out_of_memory)
         self.actor, self.call, self.reason = actor, call, reason
+        self.out_of_memory = out_of_memory
 
     def __str__(self) -> str:
         return f"actor {self.actor} was lost during {self.call}: {self.reason}"

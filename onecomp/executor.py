@@ -1,8 +1,14 @@
 """Where work runs: one interface over this process and over a cluster."""
 
+import re
+import socket
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
+from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -16,10 +22,81 @@ Ref = object
 """Stands for a value that stays where it was made; an argument that is a Ref becomes its value."""
 
 
+@dataclass(frozen=True)
+class Receipt:
+    """What a call that ended says of itself."""
+
+    started: float
+    """Unix seconds, by the clock of the worker's machine."""
+    seconds: float
+    is_leaving: bool = False
+    """The worker's process was told to end (SIGTERM): it should hand over what it holds."""
+
+
+class Call(NamedTuple):
+    """A call that was handed out."""
+
+    values: list[Ref]
+    """What the method returns."""
+    receipt: Ref
+    """A ``Receipt``, once the call has ended."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker is."""
+
+    node: str
+    """The cluster's name of the node; empty where there is no cluster."""
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class WorkerCount:
+    """How many workers a run wants: it starts with the least and uses what comes."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str) -> "WorkerCount":
+        """From ``N`` or ``MIN:MAX``.
+
+        Raises:
+            ConfigError: Neither of the two.
+
+        >>> WorkerCount.parse("2:8")
+        WorkerCount(least=2, most=8)
+        """
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
+        count = match and cls(int(match[1]), int(match[2] or match[1]))
+        if not count or count.least > count.most or (match[2] and not count.least):
+            raise ConfigError(
+                "executor",
+                [f"num_workers={text!r}: must be N (0 for this process) or MIN:MAX, 1 or more."],
+            )
+        return count
+
+
 class Executor(ABC):
     """Numbered workers, each a plain object that lives somewhere and answers calls in order."""
 
-    num_workers: int
+    survives_losses: bool = False
+    """Whether a lost or hanging worker can be dismissed while the others go on."""
+
+    @property
+    @abstractmethod
+    def workers(self) -> list[int]:
+        """Numbers of the workers that were made and not let go, rising; numbers never recur."""
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers there are."""
+        return len(self.workers)
+
+    def limit(self, most: int) -> None:  # noqa: B027 - a fixed number is limited already
+        """Say, before ``start``, that more workers than this would have nothing to do."""
 
     @abstractmethod
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
@@ -30,9 +107,14 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def submit(
-        self, worker: int, method: str, *arguments: object, num_returns: int = 1
-    ) -> list[Ref]:
+    def call(
+        self,
+        worker: int,
+        method: str,
+        *arguments: object,
+        num_returns: int = 1,
+        after: Ref | None = None,
+    ) -> Call:
         """Call a method of one worker; does not wait.
 
         Args:
@@ -40,10 +122,14 @@ class Executor(ABC):
             method: Name of its method.
             *arguments: Values, or Refs to be replaced by their values where the call runs.
             num_returns: How many values the method returns (as a sequence when not 1).
-
-        Returns:
-            One Ref for each returned value.
+            after: The call runs only if the one that this belongs to has succeeded.
         """
+
+    def submit(
+        self, worker: int, method: str, *arguments: object, num_returns: int = 1
+    ) -> list[Ref]:
+        """``call``, for callers that want its values only."""
+        return self.call(worker, method, *arguments, num_returns=num_returns).values
 
     @abstractmethod
     def fetch(self, refs: Sequence[Ref]) -> list:
@@ -51,8 +137,58 @@ class Executor(ABC):
 
         Raises:
             OneCompError: What the call raised, as it was raised there.
-            WorkerError: The worker was lost.
+            WorkerError: The worker was lost, or one that made an argument.
         """
+
+    @abstractmethod
+    def ready(self, refs: Sequence[Ref], timeout_s: float) -> set[Ref]:
+        """Those that have a value or an error; waits for all of them, but no longer than this."""
+
+    @abstractmethod
+    def is_ref(self, value: object) -> bool:
+        """Whether an argument stands for a value that is to come."""
+
+    # Workers come and go
+
+    def recruit(self, *, wait: bool = False) -> list[int]:
+        """Workers that have joined since ``start`` or the last call.
+
+        Args:
+            wait: Wait until there is one.
+
+        Raises:
+            OneCompError: None came.
+        """
+        del wait
+        return []
+
+    def leaving(self) -> set[int]:
+        """Workers whose machine is about to be taken away."""
+        return set()
+
+    def release(self, worker: int, *, replace: bool) -> None:
+        """Let go of a worker that has handed over what it held."""
+        raise NotImplementedError(f"worker {worker} cannot be let go ({replace=})")
+
+    def dismiss(self, worker: int) -> None:
+        """End a worker that is lost or hangs, and ask for another."""
+        raise NotImplementedError(f"worker {worker} cannot be replaced")
+
+    def last_words(self, worker: int) -> list[str]:
+        """Last lines of the log of a worker that is gone."""
+        raise NotImplementedError(f"worker {worker} has no log")
+
+    def ran_out_of_memory(self, worker: int) -> bool:
+        """Whether a worker that is gone may have been killed for memory by the system."""
+        raise NotImplementedError(f"worker {worker} cannot be replaced")
+
+    def place(self, worker: int) -> Place:
+        """Where a worker is, or was."""
+        del worker
+        return Place("", socket.gethostname(), 0)
+
+    def meter(self, name: str, value: float | int, **tags: str) -> None:  # noqa: B027 - for clusters
+        """Add to a metric of the cluster's monitoring."""
 
     @abstractmethod
     def stop(self) -> None:
@@ -82,10 +218,15 @@ class LocalExecutor(Executor):
         self._num_torch_threads = torch.get_num_threads()
         has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
         natural = 1 if has_gpu else min(self._num_torch_threads, MOST_THREADS)
-        self.num_workers = num_workers or natural
+        self._count = num_workers or natural
         self._threads: list[ThreadPoolExecutor] = []
         self._workers: list[Future[object]] = []
         self._returned: WeakSet[Future] = WeakSet()
+
+    @property
+    def workers(self) -> list[int]:
+        """All of them, from the beginning to the end."""
+        return list(range(self._count))
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
         """Make every worker on a thread of its own."""
@@ -93,7 +234,7 @@ class LocalExecutor(Executor):
         torch.set_num_threads(1)
         self._threads = [
             ThreadPoolExecutor(1, f"worker-{number}", torch.set_num_threads, (1,))
-            for number in range(self.num_workers)
+            for number in self.workers
         ]
         self._workers = []
         for number, thread in enumerate(self._threads):  # one by one: building a model's modules
@@ -101,23 +242,32 @@ class LocalExecutor(Executor):
             future.result()
             self._workers.append(future)
 
-    def submit(
-        self, worker: int, method: str, *arguments: object, num_returns: int = 1
-    ) -> list[Ref]:
+    def call(
+        self,
+        worker: int,
+        method: str,
+        *arguments: object,
+        num_returns: int = 1,
+        after: Ref | None = None,
+    ) -> Call:
         """Queue a call on the worker's thread; Refs are futures."""
-        returned = [Future() for _ in range(num_returns)]
+        returned = [Future() for _ in range(num_returns + 1)]
         self._returned.update(returned)
-        self._threads[worker].submit(self._call, worker, method, arguments, returned)
-        return [*returned]
+        self._threads[worker].submit(self._run, worker, method, arguments, after, returned)
+        return Call([*returned[:-1]], returned[-1])
 
-    def _call(
-        self, worker: int, method: str, arguments: Sequence[object], returned: Sequence[Future]
+    def _run(
+        self,
+        worker: int,
+        method: str,
+        arguments: Sequence[object],
+        after: Ref | None,
+        returned: Sequence[Future],
     ) -> None:
         try:
-            values = [a.result() if isinstance(a, Future) else a for a in arguments]
-            value = getattr(self._workers[worker].result(), method)(*values)
-            parts = [value] if len(returned) == 1 else value
-            answers = [*zip(returned, parts, strict=True)]
+            values = [a.result() if isinstance(a, Future) else a for a in (after, *arguments)]
+            call = getattr(self._workers[worker].result(), method)
+            answers = [*zip(returned, timed(call, values[1:], len(returned)), strict=True)]
         except BaseException as error:  # noqa: BLE001 - handed to whoever fetches the value
             for future in returned:
                 if _claim(future):
@@ -130,6 +280,14 @@ class LocalExecutor(Executor):
     def fetch(self, refs: Sequence[Ref]) -> list:
         """Wait for the values."""
         return [ref.result() for ref in refs]
+
+    def ready(self, refs: Sequence[Ref], timeout_s: float) -> set[Ref]:
+        """Futures that are done."""
+        return {*wait_for_futures(refs, timeout_s).done}
+
+    def is_ref(self, value: object) -> bool:
+        """Whether it is a future."""
+        return isinstance(value, Future)
 
     def stop(self) -> None:
         """End the threads; calls that have not begun are dropped.
@@ -158,13 +316,30 @@ class LocalExecutor(Executor):
         return f"this process, {self.num_workers} thread(s)"
 
 
+def timed(
+    call: Callable[..., object],
+    arguments: Sequence[object],
+    count: int,
+    *,
+    is_leaving: bool = False,
+) -> list[object]:
+    """What a call returns, as ``count - 1`` values, and a Receipt behind them."""
+    started, clock = time.time(), time.monotonic()
+    value = call(*arguments)
+    receipt = Receipt(started, time.monotonic() - clock, is_leaving)
+    return [value, receipt] if count == 2 else [*value, receipt]
+
+
 def _claim(future: Future) -> bool:
     """Take the right to set the value; False if ``stop`` has cancelled it."""
     return future.set_running_or_notify_cancel()
 
 
 def default_executor(
-    num_workers: int | None = None, *, address: str | None = None, gpus_per_worker: float = 1
+    num_workers: int | WorkerCount | None = None,
+    *,
+    address: str | None = None,
+    gpus_per_worker: float = 1,
 ) -> Executor:
     """The executor that fits what was asked for and what is there.
 
@@ -172,18 +347,23 @@ def default_executor(
     when more than one worker or GPU is asked for or present; otherwise this process.
 
     Args:
-        num_workers: 0 for this process, 1 or more for that many Ray workers, None to choose.
+        num_workers: 0 for this process, 1 or more for that many Ray workers, a ``WorkerCount``
+            for as many as there happen to be between two limits, None to choose.
         address: Address of a Ray cluster.
         gpus_per_worker: GPUs of each worker where the cluster has GPUs.
 
     Raises:
         ConfigError: Contradicting arguments.
     """
-    if num_workers is not None and num_workers < 0:
-        raise ConfigError("executor", [f"num_workers={num_workers}: must be 0 or more."])
+    if isinstance(num_workers, WorkerCount):
+        count, least = num_workers, num_workers.least
+    else:
+        count, least = num_workers and WorkerCount(num_workers, num_workers), num_workers
+    if least is not None and least < 0:
+        raise ConfigError("executor", [f"num_workers={least}: must be 0 or more."])
     if gpus_per_worker < 0:
         raise ConfigError("executor", [f"gpus_per_worker={gpus_per_worker:g}: must be 0 or more."])
-    if num_workers == 0 and address is not None:
+    if least == 0 and address is not None:
         raise ConfigError(
             "executor",
             [
@@ -191,10 +371,10 @@ def default_executor(
                 "Drop one."
             ],
         )
-    if num_workers == 0:
+    if least == 0:
         return LocalExecutor()
     from actors.executor import RayExecutor, ray_is_wanted  # noqa: PLC0415 - the one door to Ray
 
-    if num_workers is None and not ray_is_wanted(address):
+    if count is None and not ray_is_wanted(address):
         return LocalExecutor()
-    return RayExecutor(num_workers, address=address, gpus_per_worker=gpus_per_worker)
+    return RayExecutor(count or None, address=address, gpus_per_worker=gpus_per_worker)

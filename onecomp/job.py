@@ -36,7 +36,7 @@ class QuantizationJob:
     """Propagate errors; None calibrates on the original model's activations."""
     _: KW_ONLY
     num_shards: int | None = None
-    """Calibration shards; None for up to 32 of at least 1024 tokens."""
+    """Calibration shards; None for up to 64 of at least 1024 tokens."""
 
     def record(self, samples: CalibrationSamples | None) -> dict:
         """The job as plain JSON values, with the hashes that identify its inputs."""

@@ -5,20 +5,29 @@ model feeds it; ``ErrorPropagation`` on what the layers quantized so far produce
 serves methods that need no calibration.
 """
 
-import itertools
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from onecomp.calibration.shards import CalibrationShard
-from onecomp.executor import Executor, Ref
-from onecomp.jobs import GroupReceipt
+from onecomp.crew import Crew, Lap, Patience
+from onecomp.errors import WorkerError
+from onecomp.executor import Call, Executor, Ref
+from onecomp.jobs import GroupReceipt, block_events
 from onecomp.models.layout import BlockLayout, InputGroup, ModelLayout
-from onecomp.plan import assign_owners, assign_shards
 from onecomp.progress import Progress
-from onecomp.worker import Worker, WorkerSettings
+from onecomp.schedule import (
+    DIRECT_SENDERS,
+    GroupPlan,
+    are_added_on_the_way,
+    few_rows,
+    plan_groups,
+)
+from onecomp.watch import FinishedUnit, Unit
+from onecomp.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +37,7 @@ def quantize_model(
     shards: Sequence[CalibrationShard],
     executor: Executor,
     progress: Progress,
+    patience: Patience | None = None,
 ) -> None:
     """Quantize every block that the run directory does not hold yet.
 
@@ -36,34 +46,52 @@ def quantize_model(
         shards: The calibration samples, cut; empty for methods that need none.
         executor: Where the work runs; started and stopped by the caller.
         progress: Told of every finished block.
+        patience: When to give up on lost or hanging workers.
+
+    Raises:
+        GaveUpError: Workers were lost again and again; ``resume`` goes on from there.
     """
-    crew = Crew(executor, settings, shards)
+    crew = Crew(executor, settings, shards, patience or Patience())
     strategy = choose_strategy(settings)
-    crew.export_outside(settings.layout)
-    blocks = settings.layout.blocks
-    unfinished = {block.index for block in blocks if not settings.run.has_block(block.index)}
-    for is_new, stretch in itertools.groupby(blocks, lambda block: block.index in unfinished):
-        if is_new:
+    loss: WorkerError | None = None
+    while True:
+        try:
+            if loss is not None:
+                crew.recover(loss)
+            _go_through(settings.layout, strategy, crew, progress)
+        except WorkerError as error:
+            loss = error
+        else:
+            return
+
+
+def _go_through(layout: ModelLayout, strategy: "Strategy", crew: Crew, progress: Progress) -> None:
+    """Take every block from the first unfinished one on, a few of them in flight."""
+    crew.export_outside()
+    in_flight: deque[BlockInFlight] = deque()
+
+    def collect_all_but(count: int) -> None:
+        while len(in_flight) > count:
+            collect(in_flight.popleft(), crew, progress)
+
+    is_working = False
+    for block in layout.blocks:
+        if block.index in crew.finished:
+            collect_all_but(0)
+            crew.reuse(block)
+            is_working = False
+            continue
+        if not is_working:
             crew.wait()  # until the shards are here: no replay counts in the pace of new blocks
             progress.begin_work()
-            _quantize_blocks(stretch, strategy, crew, progress)
-        else:
-            for block in stretch:
-                crew.reuse(block, is_passed=any(index > block.index for index in unfinished))
+            is_working = True
+        if crew.must_settle():
+            collect_all_but(0)
+        crew.adjust()
+        in_flight.append(finish(strategy.quantize_block(block, crew), crew))
+        collect_all_but(strategy.blocks_in_flight)
+    collect_all_but(0)
     crew.wait()
-
-
-def _quantize_blocks(
-    blocks: Iterable[BlockLayout], strategy: "Strategy", crew: "Crew", progress: Progress
-) -> None:
-    """Quantize neighbouring blocks, a few of them in flight; all are collected at the end."""
-    in_flight: list[BlockInFlight] = []
-    for block in blocks:
-        in_flight.append(crew.finish(strategy.quantize_block(block, crew)))
-        if len(in_flight) > strategy.blocks_in_flight:
-            crew.collect(in_flight.pop(0), progress)
-    for block_in_flight in in_flight:
-        crew.collect(block_in_flight, progress)
 
 
 @dataclass
@@ -78,127 +106,68 @@ class BlockInFlight:
     started: float = field(default_factory=time.monotonic)
 
 
-class Crew:
-    """The workers of one run, which shards each holds and which groups each owns."""
+def finish(block: BlockInFlight, crew: Crew) -> BlockInFlight:
+    """Have the block written, by the workers in turn."""
+    unit = Unit("store", block.block.index)
+    parts = [*block.results, *block.receipts]
+    block.stored = crew.anyone(unit, block.block.index, len(block.results), *parts).values
+    return block
 
-    def __init__(
-        self, executor: Executor, settings: WorkerSettings, shards: Sequence[CalibrationShard]
-    ):
-        self.executor, self.run = executor, settings.run
-        self._pending: list[Ref] = []
-        self._turn = itertools.cycle(range(executor.num_workers))
-        executor.start(Worker, settings)
-        holders = assign_shards(len(shards), executor.num_workers)
-        self._with_shards = [n for n, held in enumerate(holders) if len(held)]
-        for number in self._with_shards:
-            held = [shards[i] for i in holders[number]]
-            self._pending += executor.submit(number, "hold", *held)
-        self._last_collected = time.monotonic()
 
-    def everywhere(self, method: str, *arguments: object) -> None:
-        """Call a method of every worker that holds shards."""
-        for number in self._with_shards:
-            self._pending += self.executor.submit(number, method, *arguments)
+def collect(block: BlockInFlight, crew: Crew, progress: Progress) -> None:
+    """Wait for a block, write its events and report it."""
+    crew.wait()  # first: what failed here is the cause of what fails below
+    receipts: list[GroupReceipt] = crew.watch.fetch(block.receipts)
+    crew.watch.fetch(block.stored)
+    crew.run.require_lease()
+    units = crew.accept(block.block.index)
+    lap = crew.lap(block.started)
+    write_units(units, crew)
+    *groups, whole = block_events(block.block.index, receipts)
+    for event in groups:
+        crew.run.append(**event)
+    crew.run.append(**whole, seconds=lap.seconds, driver_seconds=lap.driver_seconds)
+    crew.run.flush()
+    for group, receipt in zip(block.groups, receipts, strict=True):
+        for fallback in receipt.fallbacks:
+            logger.warning("%s: %s", group, fallback)
+    quantize_s = sum(receipt.seconds for receipt in receipts) / len(crew.members)
+    progress.finished_block(
+        whole["output_error"],
+        max(0.0, lap.seconds - quantize_s),
+        quantize_s,
+        len(crew.members),
+    )
+    meter(receipts, units, lap, crew)
 
-    def export_outside(self, layout: ModelLayout) -> None:
-        """Have everything written that no quantized layer belongs to."""
-        self._anyone("export_outer")
-        for index in range(len(layout.blocks), layout.num_blocks):
-            self._anyone("export", index)
 
-    def reuse(self, block: BlockLayout, *, is_passed: bool) -> None:
-        """Take a block as an earlier run finished it.
-
-        Args:
-            block: The block.
-            is_passed: Whether blocks behind it need the shards carried through it.
-        """
-        if is_passed:
-            self.everywhere("replay_block", block.index)
-        self._anyone("export", block.index)
-
-    def _anyone(self, method: str, *arguments: object) -> None:
-        number = next(self._turn)
-        self._pending += self.executor.submit(number, method, *arguments)
-
-    def observe(self, groups: Sequence[InputGroup]) -> list[list[Ref]]:
-        """For each group, every worker's contributions to its sums, from one pass."""
-        if len(groups) <= 1:
-            return [self.observe_group(group) for group in groups]
-        indices = [group.index for group in groups]
-        by_worker = [
-            self.executor.submit(number, "observe", indices, num_returns=len(indices))
-            for number in self._with_shards
-        ]
-        return [list(refs) for refs in zip(*by_worker, strict=True)]
-
-    def observe_group(self, group: InputGroup) -> list[Ref]:
-        """Every worker's contributions to the sums of one group."""
-        return [
-            ref
-            for number in self._with_shards
-            for ref in self.executor.submit(number, "observe_group", group.index)
-        ]
-
-    def quantize(
-        self, block: BlockInFlight, groups: Sequence[InputGroup], contributions: Sequence[list[Ref]]
-    ) -> list[Ref]:
-        """Hand each group to its owner; Refs to the results."""
-        owners = assign_owners(block.block.groups, self.executor.num_workers)
-        new_results = []
-        for group, parts in zip(groups, contributions, strict=True):
-            results, receipt = self.executor.submit(
-                owners[group.index], "quantize", group, *parts, num_returns=2
-            )
-            block.groups.append(group)
-            block.results.append(results)
-            block.receipts.append(receipt)
-            new_results.append(results)
-        return new_results
-
-    def finish(self, block: BlockInFlight) -> BlockInFlight:
-        """Have the block written, by the workers in turn."""
-        number = next(self._turn)
-        block.stored = self.executor.submit(number, "store", block.block.index, *block.results)
-        return block
-
-    def collect(self, block: BlockInFlight, progress: Progress) -> None:
-        """Wait for a block, write its events and report it."""
-        self.wait()  # first: what failed here is the cause of what fails below
-        receipts: list[GroupReceipt] = self.executor.fetch(block.receipts)
-        self.executor.fetch(block.stored)
-        for group, receipt in zip(block.groups, receipts, strict=True):
-            self.run.append("group", block=block.block.index, group=group.index, **asdict(receipt))
-            for fallback in receipt.fallbacks:
-                logger.warning("%s: %s", group, fallback)
-        seconds = time.monotonic() - max(block.started, self._last_collected)
-        self._last_collected = time.monotonic()
-        quantize_s = sum(receipt.seconds for receipt in receipts) / self.executor.num_workers
-        error = mean_output_error(receipts)
-        self.run.append(
-            "block",
-            block=block.block.index,
-            seconds=seconds,
-            output_error=error,
-            bytes_moved=sum(receipt.received_bytes for receipt in receipts),
+def write_units(units: Sequence[FinishedUnit], crew: Crew) -> None:
+    """One event for each worker, so that a timeline can be drawn."""
+    by_worker: dict[int, list[dict]] = defaultdict(list)
+    for done in units:
+        by_worker[done.worker].append(
+            asdict(done.unit)
+            | {"start": round(done.receipt.started, 3), "seconds": round(done.receipt.seconds, 4)}
         )
-        progress.finished_block(error, max(0.0, seconds - quantize_s), quantize_s)
-
-    def wait(self) -> None:
-        """Wait for every call made so far; raises what any of them raised."""
-        self.executor.fetch(self._pending)
-        self._pending.clear()
+    for worker, rows in by_worker.items():
+        crew.run.append("units", worker=worker, units=rows)
 
 
-def mean_output_error(receipts: Sequence[GroupReceipt]) -> float | None:
-    """Mean relative squared output error over layers that have one."""
-    errors = [
-        numbers["relative_output_squared_error"]
-        for receipt in receipts
-        for numbers in receipt.layers.values()
-        if "relative_output_squared_error" in numbers
-    ]
-    return sum(errors) / len(errors) if errors else None
+def meter(
+    receipts: Sequence[GroupReceipt], units: Sequence[FinishedUnit], lap: Lap, crew: Crew
+) -> None:
+    """Add a block to the cluster's metrics."""
+    run = crew.run.path.name
+    for done in units:
+        tags = {"worker": str(done.worker), "method": done.unit.method, "run": run}
+        crew.executor.meter("onecomp_units_done", 1, **tags)
+        crew.executor.meter("onecomp_seconds_busy", done.receipt.seconds, **tags)
+    waiting = len(crew.members) * lap.seconds - sum(done.receipt.seconds for done in units)
+    crew.executor.meter("onecomp_seconds_waiting", max(0.0, waiting), run=run)
+    crew.executor.meter("onecomp_bytes_moved", sum(r.received_bytes for r in receipts), run=run)
+    crew.executor.meter("onecomp_fallbacks", sum(len(r.fallbacks) for r in receipts), run=run)
+    crew.executor.meter("onecomp_blocks_done", 1, run=run)
+    crew.executor.meter("onecomp_workers", len(crew.members), run=run)
 
 
 class Strategy(ABC):
@@ -220,10 +189,10 @@ class FullPrecisionInputs(Strategy):
     def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
         """Observe all groups in one pass, then hand them to their owners."""
         work = BlockInFlight(block)
-        crew.everywhere("begin_block", block.index)
-        contributions = crew.observe(block.groups)
-        crew.everywhere("finish_block")
-        crew.quantize(work, block.groups, contributions)
+        crew.begin_block(block)
+        contributions = observe(block.groups, crew)
+        crew.finish_block(block)
+        quantize(work, block.groups, contributions, crew)
         return work
 
 
@@ -239,11 +208,14 @@ class ErrorPropagation(Strategy):
     def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
         """Observe, quantize and apply one group after the other."""
         work = BlockInFlight(block)
-        crew.everywhere("begin_block", block.index)
+        crew.begin_block(block)
         for group in block.groups:
-            [results] = crew.quantize(work, [group], [crew.observe_group(group)])
-            crew.everywhere("apply", group.index, results)
-        crew.everywhere("finish_block")
+            [results] = quantize(
+                work, [group], [observe_group(group, len(block.groups), crew)], crew
+            )
+            unit = Unit("apply", block.index, group.index)
+            crew.carry_everywhere(unit, group.index, results)
+        crew.finish_block(block)
         return work
 
 
@@ -255,7 +227,7 @@ class WeightsOnly(Strategy):
     def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
         """Hand all groups to their owners."""
         work = BlockInFlight(block)
-        crew.quantize(work, block.groups, [[] for _ in block.groups])
+        quantize(work, block.groups, [[] for _ in block.groups], crew)
         return work
 
 
@@ -264,3 +236,98 @@ def choose_strategy(settings: WorkerSettings) -> Strategy:
     if not settings.quantizer.flag_calibration:
         return WeightsOnly()
     return FullPrecisionInputs() if settings.qep is None else ErrorPropagation()
+
+
+# Steps that strategies are made of
+
+
+def observe(groups: Sequence[InputGroup], crew: Crew) -> list[list[Ref]]:
+    """For each group, contributions to its sums from every worker with shards, from one pass."""
+    if len(groups) <= 1:
+        return [observe_group(group, len(groups), crew) for group in groups]
+    indices = [group.index for group in groups]
+    unit = Unit("observe", groups[0].block_index)
+    senders = crew.with_shards
+    few = [few_rows(group, len(groups), len(crew.members)) for group in groups]
+    by_worker = [
+        crew.carry(worker, unit, indices, few, num_returns=len(indices)) for worker in senders
+    ]
+    return [
+        add_on_the_way(group, len(groups), dict(zip(senders, refs, strict=True)), crew)
+        for group, refs in zip(groups, zip(*by_worker, strict=True), strict=True)
+    ]
+
+
+def observe_group(group: InputGroup, num_groups: int, crew: Crew) -> list[Ref]:
+    """Contributions to the sums of one group."""
+    unit = Unit("observe_group", group.block_index, group.index)
+    few = few_rows(group, num_groups, len(crew.members))
+    parts = {w: crew.carry(w, unit, group.index, few)[0] for w in crew.with_shards}
+    return add_on_the_way(group, num_groups, parts, crew)
+
+
+def add_on_the_way(
+    group: InputGroup, num_groups: int, parts: Mapping[int, Ref], crew: Crew
+) -> list[Ref]:
+    """Contributions by worker as they reach the owner: of many large ones, neighbours' are added.
+
+    Pair after pair, so that no worker receives more than a few matrices at each of log2(n) steps.
+    """
+    senders = [*parts.items()]
+    if are_added_on_the_way(group, num_groups, len(senders)):
+        unit = Unit("merge", group.block_index, group.index)
+        while len(senders) > DIRECT_SENDERS:
+            pairs = [senders[i : i + 2] for i in range(0, len(senders), 2)]
+            senders = [
+                (pair[0][0], crew.watch.call(pair[0][0], unit, *(ref for _, ref in pair)).values[0])
+                if len(pair) > 1
+                else pair[0]
+                for pair in pairs
+            ]
+    return [ref for _, ref in senders]
+
+
+def quantize(
+    block: BlockInFlight,
+    groups: Sequence[InputGroup],
+    contributions: Sequence[list[Ref]],
+    crew: Crew,
+) -> list[Ref]:
+    """Hand groups to their owners, and rows of the large ones to others as well; their results."""
+    num_pieces = [crew.num_pieces(group) for group in groups]
+    plans = plan_groups(groups, num_pieces, crew.speeds.of(crew.members), crew.load)
+    prepared = [
+        prepare(group, parts, plan, crew) if plan.is_split else None
+        for group, parts, plan in zip(groups, contributions, plans, strict=True)
+    ]
+    new_results = []
+    for group, parts, plan, made in zip(groups, contributions, plans, prepared, strict=True):
+        if made is None:
+            unit = Unit("quantize", group.block_index, group.index)
+            call = crew.watch.call(plan.owner, unit, group, *parts, num_returns=2)
+        else:
+            call = solve_split(group, plan, made, crew)
+        results, receipt = call.values
+        block.groups.append(group)
+        block.results.append(results)
+        block.receipts.append(receipt)
+        new_results.append(results)
+    return new_results
+
+
+def prepare(group: InputGroup, parts: Sequence[Ref], plan: GroupPlan, crew: Crew) -> list[Ref]:
+    """Have a group's owner make what its pieces share; that, and numbers about it."""
+    unit = Unit("prepare", group.block_index, group.index)
+    return crew.watch.call(plan.owner, unit, group, *parts, num_returns=2).values
+
+
+def solve_split(group: InputGroup, plan: GroupPlan, made: Sequence[Ref], crew: Crew) -> Call:
+    """Have a group's rows solved by several workers and put together by its owner."""
+    prepared, preparation = made
+    unit = Unit("quantize_pieces", group.block_index, group.index)
+    parts = [
+        crew.watch.call(worker, unit, group, numbers, prepared).values[0]
+        for worker, numbers in plan.pieces.items()
+    ]
+    unit = Unit("join", group.block_index, group.index)
+    return crew.watch.call(plan.owner, unit, group, preparation, *parts, num_returns=2)

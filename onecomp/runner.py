@@ -19,7 +19,7 @@ from onecomp.qep import QEPConfig
 from onecomp.quantizer import QuantizationResult, Quantizer, result_files
 from onecomp.quantizer.quant_linear import dense_layers
 from onecomp.session import Session
-from onecomp.store import StoredResults, TemporaryPath
+from onecomp.storage import AnyPath, TemporaryPath, open_path
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Runner:
         executor: Where the work runs; yours to stop. By default ``default_executor()``.
         run_dir: Directory that survives the process, so that an interrupted run goes on; by
             default one that ends with the Runner.
-        num_shards: Calibration shards; by default up to 32 of at least 1024 tokens.
+        num_shards: Calibration shards; by default up to 64 of at least 1024 tokens.
 
     Example:
         >>> runner = Runner(ModelConfig("my-model"), GPTQ(groupsize=128))  # doctest: +SKIP
@@ -65,7 +65,7 @@ class Runner:
         self.qep_config = qep_config or QEPConfig()
         self.report_progress = report_progress
         self.executor = executor
-        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.run_dir = None if run_dir is None else open_path(run_dir)
         self.num_shards = num_shards
         self.quantized_model: PreTrainedModel | None = None
         self._session: Session | None = None
@@ -103,7 +103,7 @@ class Runner:
         finally:
             if self.executor is None:
                 executor.stop()
-        self.quantizer.results = StoredResults(self._session.run, keeps=self._temporary)
+        self.quantizer.results = self._session.run.results(keeps=self._temporary)
 
     def prepare_calibration_dataset(
         self, device: str, model: PreTrainedModel | None = None
@@ -128,7 +128,7 @@ class Runner:
             num_shards=self.num_shards,
         )
 
-    def _run_path(self) -> Path:
+    def _run_path(self) -> AnyPath:
         if self.run_dir is not None:
             return self.run_dir
         self._temporary = TemporaryPath("onecomp-run-")

@@ -5,8 +5,8 @@ contributions are added along one fixed binary tree over shard numbers, so that 
 same bits wherever the shards were computed and in whatever order they arrive.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -73,6 +73,11 @@ class GroupStatistics:
             )
 
     @property
+    def num_rows(self) -> int:
+        """Tokens that the sums are over."""
+        return self.num_tokens
+
+    @property
     def num_bytes(self) -> int:
         """Size of the sums."""
         tensors = [*self.gram, *([] if self.cross is None else [self.cross])]
@@ -90,6 +95,11 @@ class FewRows:
     def statistics(self) -> GroupStatistics:
         """The sums, made by whoever owns the group."""
         return GroupStatistics.of(self.rows, self.original_rows)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
+        return len(self.rows)
 
     @property
     def num_bytes(self) -> int:
@@ -112,7 +122,8 @@ class ShardSums:
     """Collects one shard's inputs to one group, micro-batch by micro-batch.
 
     Rows are kept until they are worth a Gram matrix, ``rows >= in / 2``; from then on they are
-    summed. Which of the two is sent so depends on shapes alone, never on where the owner is.
+    summed. So the order of every addition depends on shapes alone. Sums of rows that were kept have
+    the same bits whoever makes them: which of the two is sent is a matter of speed only.
     """
 
     shard: int
@@ -142,26 +153,39 @@ class ShardSums:
         return None if content is None else Contribution(self.shard, self.shard + 1, content)
 
 
-def merge_held(leaves: Iterable[Contribution], num_shards: int) -> list[Contribution]:
-    """Add up what one worker holds, as far as the fixed tree allows.
+def with_sums(contributions: Iterable[Contribution]) -> list[Contribution]:
+    """The same, with rows replaced by their sums."""
+    return [
+        replace(part, content=part.content.statistics())
+        if isinstance(part.content, FewRows)
+        else part
+        for part in contributions
+    ]
+
+
+def merge(nodes: Iterable[Contribution], num_shards: int) -> list[Contribution]:
+    """Add up contributions as far as the fixed tree allows.
 
     A subtree of Gram matrices becomes one contribution; rows are left for the owner.
 
     Args:
-        leaves: Contributions of the worker's shards.
+        nodes: Disjoint nodes of the tree.
         num_shards: Shards of the whole run.
     """
-    held = {leaf.first: leaf for leaf in leaves}
-    return list(_merge_held(held, 0, num_shards))
+    held = {(node.first, node.last): node for node in nodes}
+    return list(_merge(held, 0, num_shards)) if held else []
 
 
-def _merge_held(held: dict[int, Contribution], first: int, last: int) -> Iterator[Contribution]:
+def _merge(
+    held: Mapping[tuple[int, int], Contribution], first: int, last: int
+) -> Iterator[Contribution]:
+    if (first, last) in held:
+        yield held[first, last]
+        return
     if last - first == 1:
-        if first in held:
-            yield held[first]
         return
     middle = (first + last) // 2
-    parts = [*_merge_held(held, first, middle), *_merge_held(held, middle, last)]
+    parts = [*_merge(held, first, middle), *_merge(held, middle, last)]
     whole = [part.last - part.first for part in parts] == [middle - first, last - middle]
     if whole and all(isinstance(part.content, GroupStatistics) for part in parts):
         yield Contribution(first, last, parts[0].content + parts[1].content)

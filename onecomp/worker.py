@@ -1,9 +1,9 @@
 """The plain class behind every worker: it holds calibration shards and quantizes input groups."""
 
+import math
 import resource
-import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from onecomp.calibration.shards import CalibrationShard
-from onecomp.errors import InputError
 from onecomp.export.save import CheckpointWriter
-from onecomp.jobs import GroupReceipt, quantize_group
+from onecomp.jobs import (
+    GroupReceipt,
+    PieceResult,
+    Preparation,
+    PreparedGroup,
+    block_events,
+    group_pieces,
+    join_pieces,
+    prepare_group,
+    quantize_piece,
+)
 from onecomp.models.calls import CallInterner, fill_on_demand, record_calls
 from onecomp.models.layout import InputGroup, ModelLayout
 from onecomp.models.skeleton import Skeleton
 from onecomp.models.source import ModelSource
 from onecomp.qep.config import QEPConfig
 from onecomp.quantizer.base import Quantizer
+from onecomp.quantizer.pieces import RowPiece
 from onecomp.quantizer.result import QuantizationResult
-from onecomp.statistics import Contribution, ShardSums, merge_held, total
+from onecomp.statistics import Contribution, ShardSums, merge, total, with_sums
 from onecomp.store import RunDirectory
-from onecomp.stream import HeldShard, MicroBatch, OpenBlock
+from onecomp.stream import HeldShard, MicroBatch, OpenBlock, Streams
 
 
 @dataclass(frozen=True)
@@ -54,18 +64,14 @@ class Worker:
 
     def __init__(self, number: int, settings: WorkerSettings):
         self.number, self.settings = number, settings
-        if not settings.run.exists:
-            raise InputError(
-                settings.run.path,
-                f"is not seen by worker {number} on {socket.gethostname()}. Give a --run-dir on "
-                "storage that every node sees.",
-            )
+        settings.run.require_visible(f"worker {number}")
         use_cuda = settings.device == "auto" and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_cuda else settings.device.replace("auto", "cpu"))
         torch.set_num_threads(1)  # products shared by threads differ in the last bit, see executor
         self.skeleton = Skeleton.build(settings.source, settings.dtype)
         self._front: Skeleton | None = Skeleton.build(settings.source, settings.dtype)
         self._shards: list[HeldShard] = []
+        self._moving: list[HeldShard] = []
         self._block: OpenBlock | None = None
         self._reader = ThreadPoolExecutor(1, "read-next-block")
         self._next: tuple[int, Future[nn.Module]] | None = None
@@ -83,13 +89,44 @@ class Worker:
         Returns:
             Number of tokens taken, padding not counted.
         """
-        fill_on_demand(self._front, self.device)
+        front = self._front or self._new_front()
+        fill_on_demand(front, self.device)
         interner = CallInterner()
         for shard in shards:
-            batches = [self._embed(self._front, interner, *b) for b in shard.micro_batches()]
-            self._shards.append(HeldShard(shard.index, batches))
+            batches = [self._embed(front, interner, *b) for b in shard.micro_batches()]
+            self._keep(HeldShard(shard.index, batches))
         self._front = None  # frees the embedding
         return sum(int(shard.attention_mask.sum()) for shard in shards)
+
+    def _new_front(self) -> Skeleton:
+        if self._next is not None:  # building modules changes torch for all threads
+            self._next[1].result()
+        return Skeleton.build(self.settings.source, self.settings.dtype)
+
+    def _keep(self, shard: HeldShard) -> None:
+        self._shards = sorted([*self._shards, shard], key=lambda held: held.index)
+
+    def give(self, shard_indices: Collection[int]) -> list[HeldShard]:
+        """Hand shards over, with all that their next holder needs to go on."""
+        given = [shard for shard in self._shards if shard.index in shard_indices]
+        self._shards = [shard for shard in self._shards if shard.index not in shard_indices]
+        return [shard.to(torch.device("cpu")) for shard in given]
+
+    def take(self, shards: Sequence[HeldShard]) -> None:
+        """Hold shards that another worker gave; they go on where they are."""
+        for shard in shards:
+            self._keep(shard.to(self.device))
+
+    def rewind(self, block_index: int) -> dict[int, int]:
+        """Drop the block in work, and go back in front of a block with every shard behind it.
+
+        Returns:
+            By shard that is held still, the block in front of which it is: earlier ones have to
+            be carried on.
+        """
+        self._shards = [shard for shard in self._shards if shard.rewind(block_index)]
+        self._close_block()
+        return {shard.index: shard.position for shard in self._shards}
 
     def _embed(
         self, skeleton: Skeleton, interner: CallInterner, input_ids: Tensor, mask: Tensor
@@ -103,22 +140,27 @@ class Worker:
         )
         return MicroBatch(
             calls=[interner.intern(call) for call in calls[: len(self.settings.layout.blocks)]],
-            hidden=hidden,
-            quantized=None if self.settings.qep is None else hidden,
+            streams=Streams(hidden, None if self.settings.qep is None else hidden),
             valid=mask.reshape(-1).bool().to(self.device) if is_padded else None,
         )
 
     # One block
 
-    def begin_block(self, block_index: int) -> None:
-        """Load a block and start every micro-batch's pass through it."""
+    def begin_block(self, block_index: int, oldest: int | None = None) -> None:
+        """Load a block and start the passes of every shard that is in front of it.
+
+        Args:
+            block_index: The block.
+            oldest: First block that may have to be made again; default: this one.
+        """
         original = self._load_block(block_index)
         quantized = None
         if self.settings.qep is not None:
             quantized = self.skeleton.load_block(block_index, self.device)
         self._block = OpenBlock.of(self.settings.layout.blocks[block_index], original, quantized)
-        for batch in self._micro_batches():
-            batch.enter(self._block)
+        self._moving = [shard for shard in self._shards if shard.position == block_index]
+        for shard in self._moving:
+            shard.enter(self._block, block_index if oldest is None else oldest)
 
     def _load_block(self, block_index: int) -> nn.Module:
         """The block, read ahead if it was; the next one is then read while this one is used."""
@@ -133,31 +175,48 @@ class Worker:
             self._next = following, future
         return block
 
-    def _micro_batches(self) -> list[MicroBatch]:
-        return [batch for shard in self._shards for batch in shard.micro_batches]
-
-    def observe(self, group_indices: Sequence[int]) -> list[list[Contribution]]:
+    def observe(
+        self, group_indices: Sequence[int], few_rows: Sequence[float] | None = None
+    ) -> list[list[Contribution]]:
         """Carry every pass to the given groups and sum up their inputs.
+
+        Args:
+            group_indices: Groups of the block, in the order of their calls.
+            few_rows: For each group, the number of rows below which a worker may send them in
+                place of their sums; default: any.
 
         Returns:
             For each group, this worker's nodes of the summation tree.
         """
-        leaves: list[list[Contribution]] = [[] for _ in group_indices]
-        for shard in self._shards:
+        nodes: list[list[Contribution]] = [[] for _ in group_indices]
+        limits = few_rows or [math.inf] * len(nodes)
+        for shard in self._moving:
             sums = [ShardSums(shard.index) for _ in group_indices]
             for batch in shard.micro_batches:
                 for group_index, group_sums in zip(group_indices, sums, strict=True):
                     self._observe(batch, group_index, group_sums)
                 if self.settings.qep is None:
                     batch.leave(is_last=self._is_last())
-            for group_leaves, group_sums in zip(leaves, sums, strict=True):
-                if (leaf := group_sums.contribution()) is not None:
-                    group_leaves.append(leaf)
-        return [merge_held(group_leaves, self.settings.num_shards) for group_leaves in leaves]
+            for group_nodes, group_sums, limit in zip(nodes, sums, limits, strict=True):
+                group_nodes[:] = self._added(group_nodes, group_sums.contribution(), limit)
+        return nodes
 
-    def observe_group(self, group_index: int) -> list[Contribution]:
+    def observe_group(self, group_index: int, few_rows: float = math.inf) -> list[Contribution]:
         """``observe`` for a single group: this worker's nodes of its summation tree."""
-        return self.observe([group_index])[0]
+        return self.observe([group_index], [few_rows])[0]
+
+    def _added(
+        self, nodes: list[Contribution], leaf: Contribution | None, few_rows: float
+    ) -> list[Contribution]:
+        """Nodes with one more leaf; merged at once, so that few matrices are kept."""
+        nodes = nodes if leaf is None else [*nodes, leaf]
+        if sum(node.content.num_rows for node in nodes) >= few_rows:
+            nodes = with_sums(nodes)
+        return merge(nodes, self.settings.num_shards)
+
+    def merge(self, *contributions: Sequence[Contribution]) -> list[Contribution]:
+        """Add up what several workers contribute to a group, as far as the tree allows."""
+        return merge([node for part in contributions for node in part], self.settings.num_shards)
 
     def _observe(self, batch: MicroBatch, group_index: int, sums: ShardSums) -> None:
         current = batch.original_pass if batch.quantized_pass is None else batch.quantized_pass
@@ -187,44 +246,90 @@ class Worker:
 
     def finish_block(self) -> None:
         """Carry every pass to the end of the block; nothing follows the last one."""
-        for batch in self._micro_batches():
-            batch.leave(is_last=self._is_last())
-        self._block.close()
+        for shard in self._moving:
+            shard.leave(is_last=self._is_last())
+        self._close_block()
+
+    def _close_block(self) -> None:
+        self._moving = []
+        if self._block is not None:
+            self._block.close()
         self._block = None
 
     def _is_last(self) -> bool:
         return self._block.layout.index == len(self.settings.layout.blocks) - 1
 
     def replay_block(self, block_index: int) -> None:
-        """Carry the shards through a block that is finished already."""
+        """Carry the shards in front of a block that is finished already through it."""
         self.begin_block(block_index)
-        results = self.settings.run.read_block(block_index)
-        for group in self._block.layout.groups:
-            self.apply(group.index, results)
+        if self.settings.qep is not None:
+            results = self.settings.run.read_block(block_index)
+            for group in self._block.layout.groups:
+                self.apply(group.index, results)
         self.finish_block()
 
     # Groups
+
+    def device_type(self) -> str:
+        """``cpu`` or ``cuda``; pieces of rows are cut for it."""
+        return self.device.type
 
     def quantize(
         self, group: InputGroup, *contributions: Sequence[Contribution]
     ) -> tuple[dict[str, QuantizationResult], GroupReceipt]:
         """Quantize a group from all workers' contributions to its sums."""
+        prepared, preparation = self.prepare(group, *contributions)
+        pieces = self.quantize_pieces(group, range(len(self._pieces(group))), prepared)
+        return self.join(group, preparation, pieces)
+
+    def prepare(
+        self, group: InputGroup, *contributions: Sequence[Contribution]
+    ) -> tuple[PreparedGroup, Preparation]:
+        """Make what the pieces of a group share, from all workers' contributions to its sums."""
         started = time.monotonic()
         settings = self.settings
         nodes = [node for part in contributions for node in part]
         statistics = total(nodes, settings.num_shards) if nodes else None
-        results, fallbacks = quantize_group(
-            settings.quantizer, self._weights(group), statistics, settings.qep
-        )
-        receipt = GroupReceipt(
-            layers={name: _numbers(result) for name, result in results.items()},
-            fallbacks=fallbacks,
-            num_tokens=0 if statistics is None else statistics.num_tokens,
+        prepared = prepare_group(
+            settings.quantizer, statistics, settings.qep, group.layer_names, group.in_features,
+            device=self.device,
+        )  # fmt: skip
+        return prepared, Preparation(
+            num_tokens=prepared.num_tokens,
             seconds=time.monotonic() - started,
-            worker=self.number,
             received_bytes=sum(node.content.num_bytes for node in nodes),
         )
-        return results, receipt
+
+    def quantize_pieces(
+        self, group: InputGroup, numbers: Sequence[int], prepared: PreparedGroup
+    ) -> list[PieceResult]:
+        """Quantize some of the pieces into which a group's rows are cut."""
+        settings, weights, prepared = self.settings, self._weights(group), prepared.to(self.device)
+        pieces = self._pieces(group)
+        return [
+            quantize_piece(
+                settings.quantizer, piece, piece.rows_of(weights), prepared, settings.qep
+            )
+            for piece in (pieces[number] for number in numbers)
+        ]
+
+    def join(
+        self, group: InputGroup, preparation: Preparation, *parts: Sequence[PieceResult]
+    ) -> tuple[dict[str, QuantizationResult], GroupReceipt]:
+        """Put a group together from its pieces."""
+        pieces = [piece for part in parts for piece in part]
+        results, fallbacks = join_pieces(group.layer_names, pieces)
+        return results, GroupReceipt(
+            layers={name: _numbers(result) for name, result in results.items()},
+            fallbacks=fallbacks,
+            num_tokens=preparation.num_tokens,
+            seconds=preparation.seconds + sum(piece.seconds for piece in pieces),
+            worker=self.number,
+            received_bytes=preparation.received_bytes,
+        )
+
+    def _pieces(self, group: InputGroup) -> list[RowPiece]:
+        return group_pieces(self.settings.quantizer, group, self.device.type)
 
     def _weights(self, group: InputGroup) -> dict[str, Tensor]:
         stored = {n: self.skeleton.tensor_name(f"{n}.weight") for n in group.layer_names}
@@ -233,11 +338,18 @@ class Worker:
 
     # Finished blocks
 
-    def store(self, block_index: int, *results: Mapping[str, QuantizationResult]) -> None:
-        """Write a block's part of the checkpoint, then its results, which mark it finished."""
-        merged = {name: result for part in results for name, result in part.items()}
+    def store(self, block_index: int, num_groups: int, *parts: object) -> None:
+        """Write a block's part of the checkpoint, then its results, which mark it finished.
+
+        Args:
+            block_index: The block.
+            num_groups: Groups of the block.
+            *parts: Results of each group, by layer name; then the receipt of each.
+        """
+        merged = {name: result for part in parts[:num_groups] for name, result in part.items()}
         self.export(block_index, merged)
-        self.settings.run.write_block(block_index, merged)
+        journal = block_events(block_index, parts[num_groups:])
+        self.settings.run.write_block(block_index, merged, journal)
 
     def export(
         self, block_index: int, results: Mapping[str, QuantizationResult] | None = None

@@ -12,8 +12,9 @@ import torch
 
 from actors.executor import RayExecutor
 from cluster.connect import connect, disconnect
+from cluster.pool import ActorPlace
 from onecomp.errors import LayerError
-from onecomp.executor import Executor, Ref
+from onecomp.executor import Call, Executor, Ref, timed
 from onecomp.jobs import quantize_group
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ
@@ -37,20 +38,37 @@ def ray_executor() -> Iterator[RayExecutor]:
 class FirstWorkers(Executor):
     """The first workers of another executor, as an executor of its own."""
 
+    survives_losses = True
+
     def __init__(self, executor: Executor, num_workers: int):
-        self.executor, self.num_workers = executor, num_workers
+        self.executor, self.count = executor, num_workers
+
+    @property
+    def workers(self) -> list[int]:
+        return self.executor.workers[: self.count]
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
         self.executor.start(make_worker, *arguments)
 
-    def submit(
-        self, worker: int, method: str, *arguments: object, num_returns: int = 1
-    ) -> list[Ref]:
-        assert worker < self.num_workers
-        return self.executor.submit(worker, method, *arguments, num_returns=num_returns)
+    def call(
+        self,
+        worker: int,
+        method: str,
+        *arguments: object,
+        num_returns: int = 1,
+        after: Ref | None = None,
+    ) -> Call:
+        assert worker in self.workers
+        return self.executor.call(worker, method, *arguments, num_returns=num_returns, after=after)
 
     def fetch(self, refs: Sequence[Ref]) -> list:
         return self.executor.fetch(refs)
+
+    def ready(self, refs: Sequence[Ref], timeout_s: float) -> set[Ref]:
+        return self.executor.ready(refs, timeout_s)
+
+    def is_ref(self, value: object) -> bool:
+        return self.executor.is_ref(value)
 
     def stop(self) -> None:
         pass
@@ -60,7 +78,7 @@ class FirstWorkers(Executor):
         return self.executor.driver_bytes
 
     def describe(self) -> str:
-        return f"{self.num_workers} of {self.executor.describe()}"
+        return f"{self.count} of {self.executor.describe()}"
 
 
 class Clerk:
@@ -137,10 +155,20 @@ class Echo:
     def __init__(self, number: int):
         self.number, self.held = number, None
 
-    def make(self, make_object: Callable[..., object], *arguments: object) -> None:
-        self.held = make_object(self.number, *arguments)
+    def meet(self, greeting: str) -> ActorPlace:
+        if greeting != "hello":
+            raise LayerError("greeting", greeting)
+        context = ray.get_runtime_context()
+        return ActorPlace(context.get_node_id(), "host", os.getpid(), context.get_worker_id(), 0)
 
-    def call(self, method: str, *arguments: object) -> tuple:
+    def make(
+        self, place: ActorPlace, make_object: Callable[..., object], *arguments: object
+    ) -> ActorPlace:
+        self.held = make_object(self.number, *arguments)
+        return place
+
+    def call(self, method: str, num_returns: int, after: object, *arguments: object) -> list:
         if method == "exit":
             ray.actor.exit_actor()
-        return (self.held, method, *arguments)
+        del after
+        return timed(lambda: (self.held, method, *arguments), (), num_returns + 1)

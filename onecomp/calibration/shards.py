@@ -8,7 +8,7 @@ from torch import Tensor
 
 from onecomp.calibration.samples import CalibrationSamples
 
-MAX_SHARDS = 32
+MAX_SHARDS = 64
 LEAST_SHARD_TOKENS = 1024
 MICRO_BATCH_TOKENS = 4096
 
@@ -39,7 +39,7 @@ def cut_shards(
 
     Args:
         samples: All samples.
-        num_shards: None for up to 32 shards of at least 1024 tokens.
+        num_shards: None for up to 64 shards of at least 1024 tokens.
 
     Returns:
         Shards in order; their sizes differ by one sample at most.

@@ -8,8 +8,9 @@ import ray
 import torch
 from shared_cluster import NUM_WORKERS, Clerk
 
-from actors.executor import RayExecutor, ray_is_wanted
+from actors.executor import RayExecutor, may_have_gpus, ray_is_wanted
 from cluster.errors import ClusterError
+from cluster.nodes import Capacity, Growth, NodeShape
 from onecomp.errors import ConfigError, InputError, LayerError, WorkerError
 from onecomp.executor import default_executor
 
@@ -158,15 +159,34 @@ def test_workers_are_on_cpus_where_the_cluster_has_no_gpus():
         executor.stop()
 
 
-def test_more_gpus_than_there_are_is_refused(ray_executor, monkeypatch):
-    shape = ray_executor._shape.__class__(num_nodes=2, num_cpus=8, num_gpus=3)
-    monkeypatch.setattr("actors.executor.cluster_shape", lambda: shape)
+@pytest.mark.usefixtures("ray_executor")
+def test_more_gpus_than_there_can_be_is_refused(monkeypatch):
+    node = NodeShape(num_cpus=4, num_gpus=2)
+    growth = Growth(((NodeShape(num_cpus=8, num_gpus=1), 3),), max_nodes=3)
+    capacity = Capacity(nodes=(node,), head=node, growth=growth)
+    monkeypatch.setattr("actors.executor.cluster_capacity", lambda: capacity)
     with pytest.raises(ConfigError) as caught:
-        RayExecutor(2, gpus_per_worker=2.0)
+        RayExecutor(6)
     assert str(caught.value) == (
-        "RayExecutor: 2 workers with 2 GPUs each need 4, but the cluster has 3. "
-        "Lower --num-workers or --gpus-per-worker, or add nodes."
+        "RayExecutor: 6 workers with 1 GPUs each are asked for, but the cluster has 2 GPUs and can "
+        "never hold more than 5 such workers. Lower --num-workers or --gpus-per-worker, or add "
+        "nodes."
     )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "growth", "is_elastic", "expected"),
+    [
+        (2, Growth(), False, True),
+        (0, Growth(), True, False),
+        (0, Growth(((NodeShape(num_cpus=8, num_gpus=1), 3),), 3), False, True),
+        (0, None, False, False),
+        (0, None, True, True),
+    ],
+)
+def test_workers_have_gpus_where_there_are_or_will_be_some(gpus, growth, is_elastic, expected):
+    node = NodeShape(num_cpus=4, num_gpus=gpus)
+    assert may_have_gpus(Capacity((node,), node, growth), is_elastic=is_elastic) is expected
 
 
 def test_every_port_of_a_local_cluster_is_on_the_loopback_device(clerks):

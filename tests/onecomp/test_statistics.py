@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from onecomp.errors import LayerError
-from onecomp.statistics import Contribution, FewRows, GroupStatistics, ShardSums, merge_held, total
+from onecomp.statistics import Contribution, FewRows, GroupStatistics, ShardSums, merge, total
 
 IN_FEATURES = 40
 SHARD_ROWS = [3, 25, 40, 1, 19, 20, 21, 64, 7]
@@ -45,7 +45,7 @@ def same_bits(one: GroupStatistics, other: GroupStatistics) -> bool:
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 8, 9])
 def test_no_assignment_of_shards_and_no_order_of_arrival_changes_a_bit(num_shards, with_cross):
     leaves = [leaf(shard, with_cross=with_cross) for shard in range(num_shards)]
-    expected = total(merge_held(leaves, num_shards), num_shards)
+    expected = total(merge(leaves, num_shards), num_shards)
     for seed in range(20):
         chance = random.Random(seed)
         holders = [[] for _ in range(chance.randint(1, num_shards))]
@@ -54,7 +54,7 @@ def test_no_assignment_of_shards_and_no_order_of_arrival_changes_a_bit(num_shard
         arriving = []
         for held in holders:
             chance.shuffle(held)
-            arriving += merge_held(held, num_shards)
+            arriving += merge(held, num_shards)
         chance.shuffle(arriving)
         assert same_bits(total(arriving, num_shards), expected)
 
@@ -103,10 +103,10 @@ def test_rows_keep_the_dtype_of_the_stream_and_sums_are_float32():
 
 def test_a_holder_adds_whole_subtrees_of_sums_and_passes_rows_on():
     sums = [Contribution(i, i + 1, GroupStatistics.of(draw(30, 8, seed=i), None)) for i in range(4)]
-    assert [(c.first, c.last) for c in merge_held(sums, 4)] == [(0, 4)]
-    assert [(c.first, c.last) for c in merge_held(sums[1:], 4)] == [(1, 2), (2, 4)]
+    assert [(c.first, c.last) for c in merge(sums, 4)] == [(0, 4)]
+    assert [(c.first, c.last) for c in merge(sums[1:], 4)] == [(1, 2), (2, 4)]
     with_rows = [Contribution(0, 1, FewRows(draw(2, 8), None)), *sums[1:]]
-    assert [(c.first, c.last) for c in merge_held(with_rows, 4)] == [(0, 1), (1, 2), (2, 4)]
+    assert [(c.first, c.last) for c in merge(with_rows, 4)] == [(0, 1), (1, 2), (2, 4)]
 
 
 def test_shards_that_no_token_reached_are_left_out():

@@ -1,0 +1,235 @@
+"""Which worker does what: pure functions of shapes and of the workers' measured speeds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from onecomp.models.layout import BlockLayout, InputGroup
+
+LEAST_GAIN = 0.15
+"""Shards move between healthy workers only where a block becomes this much shorter."""
+
+Speeds = Mapping[int, float]
+"""Tokens per second by worker, or any multiple of it: only ratios count."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A shard that goes from one worker to another."""
+
+    shard: int
+    source: int
+    target: int
+
+
+def assign_shards(num_shards: int, speeds: Speeds) -> dict[int, range]:
+    """Contiguous runs of shard numbers, one a worker: they hold the largest subtrees of the sum.
+
+    A run is as long as its worker is fast.
+
+    >>> assign_shards(5, {0: 1.0, 1: 1.0})
+    {0: range(0, 2), 1: range(2, 5)}
+    """
+    total, passed = sum(speeds.values()), 0.0
+    edges = [0]
+    for speed in speeds.values():
+        passed += speed
+        edges.append(int(num_shards * passed / total + 1e-9))
+    return {worker: range(a, b) for worker, (a, b) in zip(speeds, pairwise(edges), strict=True)}
+
+
+def share_out(shards: Iterable[int], held: Mapping[int, int], speeds: Speeds) -> dict[int, int]:
+    """Who takes shards that nobody holds: each goes to whoever is done with it first.
+
+    Args:
+        shards: The shards.
+        held: How many shards each worker holds already.
+        speeds: Of every worker that may take one.
+
+    Returns:
+        Worker by shard.
+    """
+    count = {worker: held.get(worker, 0) for worker in speeds}
+    taken = {}
+    for shard in shards:
+        worker = min(count, key=lambda w: ((count[w] + 1) / speeds[w], w))
+        taken[shard] = worker
+        count[worker] += 1
+    return taken
+
+
+def balance(
+    held: Mapping[int, Sequence[int]], speeds: Speeds, leaving: Iterable[int] = ()
+) -> list[Move]:
+    """Moves that let all workers be done with a block at about the same time.
+
+    Args:
+        held: Shards by worker, new workers included.
+        speeds: Of the same workers.
+        leaving: Workers that have to hand over everything.
+
+    Returns:
+        As few moves as possible; none between workers that stay where the gain is small.
+    """
+    leaving = set(leaving)
+    staying = {worker: speeds[worker] for worker in speeds if worker not in leaving}
+    if not staying:
+        return []
+    lists = {worker: sorted(held.get(worker, ())) for worker in speeds}
+    moves = []
+    for worker in sorted(leaving & lists.keys()):
+        counts = {w: len(lists[w]) for w in staying}
+        for shard, target in share_out(lists[worker], counts, staying).items():
+            moves.append(Move(shard, worker, target))
+            lists[target].append(shard)
+    even = _evened_out({w: lists[w] for w in staying}, staying)
+    return _joined(moves, even)
+
+
+def _joined(first: list[Move], then: list[Move]) -> list[Move]:
+    """One move for each shard, from where it was to where it goes in the end."""
+    sources = {move.shard: move.source for move in reversed([*first, *then])}
+    targets = {move.shard: move.target for move in [*first, *then]}
+    return [Move(s, sources[s], t) for s, t in targets.items() if sources[s] != t]
+
+
+def _evened_out(lists: dict[int, list[int]], speeds: Speeds) -> list[Move]:
+    before, moves = _slowest(lists, speeds)[0], []
+    while True:
+        longest, source = _slowest(lists, speeds)
+        target = min(lists, key=lambda w: ((len(lists[w]) + 1) / speeds[w], w))
+        if target == source or (len(lists[target]) + 1) / speeds[target] >= longest:
+            break
+        shard = lists[source].pop()
+        lists[target].append(shard)
+        moves.append(Move(shard, source, target))
+    gain = 1 - _slowest(lists, speeds)[0] / before if before else 0.0
+    return moves if gain >= LEAST_GAIN else []
+
+
+def _slowest(lists: Mapping[int, Sequence[int]], speeds: Speeds) -> tuple[float, int]:
+    return max((len(lists[worker]) / speeds[worker], worker) for worker in lists)
+
+
+def preparation_cost(group: InputGroup) -> float:
+    """Multiplications to factor a group's Hessian."""
+    return 2 / 3 * group.in_features**3
+
+
+def solution_cost(group: InputGroup) -> float:
+    """Multiplications to solve a group's layers."""
+    return float(sum(group.out_features) * group.in_features**2)
+
+
+def longest_first(
+    costs: Sequence[float], speeds: Speeds, load: Mapping[int, float] | None = None
+) -> list[int]:
+    """Worker of each unit: the most expensive first, to the worker that is done with it first.
+
+    Args:
+        costs: Of the units.
+        speeds: Of the workers.
+        load: What each has to do already, in the unit of the costs.
+    """
+    busy = {worker: (load or {}).get(worker, 0.0) for worker in speeds}
+    chosen = [0] * len(costs)
+    for unit in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        worker = min(busy, key=lambda w: ((busy[w] + costs[unit]) / speeds[w], w))
+        chosen[unit] = worker
+        busy[worker] += costs[unit]
+    return chosen
+
+
+# Splitting a group by rows
+
+WORTH_SENDING = {"cpu": 40.0, "cuda": 6000.0}
+"""Operations for each byte sent from which on another worker's help is worth it: about the ratio of
+what a device computes in float32 and what the object store moves, per second."""
+
+
+def is_worth_splitting(group: InputGroup, device_type: str, *, corrected: bool) -> bool:
+    """Whether rows are solved by several workers, to which the owner sends factor and Hessian.
+
+    Args:
+        group: The group.
+        device_type: ``cpu`` or ``cuda``.
+        corrected: Whether its weights are corrected: two more products, one more matrix.
+    """
+    operations = 2 * solution_cost(group) * (3 if corrected else 1)
+    sent_bytes = 4 * group.in_features**2 * (3 if corrected else 2)
+    return operations > sent_bytes * WORTH_SENDING.get(device_type, WORTH_SENDING["cuda"])
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Who quantizes a group."""
+
+    owner: int
+    pieces: dict[int, list[int]]
+    """Numbers of the row pieces by worker; all are the owner's where the group is not split."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether anyone but the owner has a part in it."""
+        return set(self.pieces) != {self.owner}
+
+
+def plan_groups(
+    groups: Sequence[InputGroup],
+    num_pieces: Sequence[int],
+    speeds: Speeds,
+    load: Mapping[int, float] | None = None,
+) -> list[GroupPlan]:
+    """Owners of groups, and workers of the pieces of those that are split.
+
+    Args:
+        groups: Groups that are quantized at the same time.
+        num_pieces: Into how many pieces each may be split; 1 keeps it whole.
+        speeds: Of the workers.
+        load: What each has to do already, in multiplications.
+    """
+    first = [
+        preparation_cost(group) + (solution_cost(group) if count == 1 else 0.0)
+        for group, count in zip(groups, num_pieces, strict=True)
+    ]
+    owners = longest_first(first, speeds, load)
+    busy = dict(load or {})
+    if len(groups) > 1:  # of a single group, the pieces begin when everyone is idle
+        for owner, cost in zip(owners, first, strict=True):
+            busy[owner] = busy.get(owner, 0.0) + cost
+    pieces = [
+        (i, number) for i, count in enumerate(num_pieces) if count > 1 for number in range(count)
+    ]
+    costs = [solution_cost(groups[i]) / num_pieces[i] for i, _ in pieces]
+    plans = [GroupPlan(owner, {}) for owner in owners]
+    for (i, number), worker in zip(pieces, longest_first(costs, speeds, busy), strict=True):
+        plans[i].pieces.setdefault(worker, []).append(number)
+    return [plan if plan.pieces else GroupPlan(plan.owner, {plan.owner: [0]}) for plan in plans]
+
+
+# Sending sums
+
+DIRECT_SENDERS = 3
+"""Up to so many workers send their sums to the owner; of more, neighbours add theirs first."""
+WORTH_MERGING_BYTES = 64 * 2**20
+
+
+def few_rows(group: InputGroup, num_groups: int, num_workers: int) -> float:
+    """A worker with fewer rows of a group than this sends them in place of their sums.
+
+    Where a block has fewer groups than there are workers, owners must not become the place where
+    all products are made. Where it has more, as with experts, what counts is what is sent: rows of
+    two bytes each against a symmetric matrix of four.
+    """
+    return float(group.in_features) if num_groups >= num_workers else 0.0
+
+
+def are_added_on_the_way(group: InputGroup, num_groups: int, num_senders: int) -> bool:
+    """Whether neighbours add their sums in pairs; else the owner receives all of them."""
+    sent_bytes = 2 * group.in_features**2 * num_senders
+    return num_senders > max(DIRECT_SENDERS, num_groups) and sent_bytes > WORTH_MERGING_BYTES
+
+
+def useful_workers(num_shards: int, blocks: Iterable[BlockLayout]) -> int:
+    """The most workers that a run can keep busy: one for each shard, or for each group."""
+    return max(num_shards, max((len(block.groups) for block in blocks), default=0), 1)

@@ -1,0 +1,125 @@
+"""Drivers and workers are killed again and again; the checkpoint is that of an undisturbed run."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from tiny_models import sample_text
+from typer.testing import CliRunner
+
+from onecomp.cli import app
+from onecomp.store import RunDirectory
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_executor")]
+
+SECONDS = 300
+"""For anything that should happen."""
+
+
+def command(model: Path, text: Path, output: Path, *options: str) -> list[str]:
+    samples = ["--num-calibration-samples", "24", "--max-length", "64"]
+    fixed = ["--calibration-dataset", str(text), "--wbits", "4", *samples, *options]
+    return ["quantize", str(model), "--output", str(output), *fixed]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+class Chaos:
+    """One run, its drivers, and someone who kills them and their workers.
+
+    Args:
+        run: The run directory.
+        seed: Of every choice.
+    """
+
+    def __init__(self, run: Path, seed: int):
+        self.run, self.random = RunDirectory(run), random.Random(seed)
+        self.killed = {"driver": 0, "worker": 0}
+        self.driver: subprocess.Popen | None = None
+        self.log = run.with_name("log.txt")
+
+    def go_on(self, *arguments: str) -> None:
+        """Start a driver on the tests' cluster."""
+        address = ray.get_runtime_context().gcs_address
+        words = [*arguments, "--num-workers", "1:2", "--address", address]
+        with self.log.open("a") as log:
+            self.driver = subprocess.Popen(
+                [sys.executable, "-m", "onecomp", *words],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Until it has happened; the driver must live that long."""
+        deadline = time.monotonic() + SECONDS
+        while not happened():
+            assert self.driver.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, "nothing happens"
+            time.sleep(0.01)
+
+    def strike(self) -> None:
+        """Let the run get on by nothing, a group or a block, then kill someone."""
+        kind, count = self.random.choice([("worker", 1), ("block", 1), ("units", 2)])
+        seen = len(self.run.events(kind))
+        self.wait_for(lambda: len(self.run.events(kind)) >= seen + count)
+        time.sleep(self.random.uniform(0, 0.3))
+        workers = self.workers()
+        if workers and self.random.random() < 0.6:
+            self.killed["worker"] += self.kill(self.random.choice(workers))
+        else:
+            self.killed["driver"] += self.kill(self.driver.pid)
+            self.driver.wait(SECONDS)
+
+    def workers(self) -> list[int]:
+        """Processes of the last driver's workers."""
+        events = [e for e in self.run.events("worker") if e["pid"]]
+        pids = [e["pid"] for e in events if e["change"] == "joined"]
+        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+    def kill(self, pid: int) -> bool:
+        """Whether it was there to be killed."""
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+
+    @property
+    def count(self) -> int:
+        """Processes killed so far."""
+        return sum(self.killed.values())
+
+
+@pytest.mark.parametrize(
+    ("kills", "num_layers"), [(3, 6), pytest.param(20, 30, marks=pytest.mark.slow)]
+)
+def test_whoever_is_killed_the_bytes_are_the_same(tiny_model_dir, tmp_path, kills, num_layers):
+    model = tiny_model_dir("llama", num_layers=num_layers)
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text(3000))
+    undisturbed = command(model, text, tmp_path / "undisturbed", "--num-workers", "0")
+    done = CliRunner().invoke(app, undisturbed)
+    assert done.exit_code == 0, done.output
+
+    chaos = Chaos(tmp_path / "disturbed.run", seed=7)
+    chaos.go_on(*command(model, text, tmp_path / "disturbed"))
+    while chaos.count < kills:
+        if chaos.driver.poll() is not None:
+            assert chaos.driver.returncode == -signal.SIGKILL, chaos.log.read_text()
+            chaos.go_on("resume", str(chaos.run.path))
+        chaos.strike()
+    if chaos.driver.poll() is not None:
+        chaos.go_on("resume", str(chaos.run.path))
+    assert chaos.driver.wait(SECONDS) == 0, chaos.log.read_text()
+    assert min(chaos.killed.values()) >= 1
+    assert files(tmp_path / "disturbed") == files(tmp_path / "undisturbed")
