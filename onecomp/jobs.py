@@ -1,8 +1,9 @@
-"""Quantizing one input group: the job that its owner runs."""
+"""Quantizing one input group: prepared once, solved in pieces of rows wherever they run, joined."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from onecomp.errors import LayerError, QuantizationError
 from onecomp.linalg import all_finite, one_thread
+from onecomp.models.layout import InputGroup
 from onecomp.qep.config import QEPConfig
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer.base import Quantizer
-from onecomp.quantizer.errors_of import fill_output_errors, fill_weight_errors
+from onecomp.quantizer.errors_of import RowErrors
 from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.pieces import RowPiece, row_pieces, row_tile
 from onecomp.quantizer.result import QuantizationResult
 from onecomp.statistics import GroupStatistics
 
@@ -32,19 +35,107 @@ class GroupReceipt:
     received_bytes: int
 
 
+@dataclass(frozen=True)
+class PreparedGroup:
+    """What the pieces of a group share; it may be sent, and is never written to."""
+
+    factors: HessianFactors | None = None
+    """With every factor made that the pieces need; None where they need no Hessian."""
+    delta: Float[Tensor, "in in"] | None = None
+    """``C`` of error propagation; None where nothing is corrected."""
+    num_tokens: int = 0
+    """Tokens that the sums are over."""
+
+    def to(self, device: torch.device | str) -> "PreparedGroup":
+        """The same on the device of the weights; once, not for each piece."""
+        return replace(
+            self,
+            factors=None if self.factors is None else self.factors.to(device),
+            delta=None if self.delta is None else self.delta.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Numbers about a ``PreparedGroup``, for whoever joins its pieces."""
+
+    num_tokens: int
+    seconds: float
+    received_bytes: int
+
+
+@dataclass(frozen=True)
+class PieceResult:
+    """A piece that was solved, on the CPU."""
+
+    piece: RowPiece
+    results: dict[str, QuantizationResult]
+    """Of the piece's rows, by layer name."""
+    errors: dict[str, RowErrors]
+    fallbacks: list[str]
+    """Those of the preparation first."""
+    rounded_rows: int
+    seconds: float
+
+
+def block_events(block_index: int, receipts: Sequence[GroupReceipt]) -> list[dict]:
+    """What the journal is to have of a block: one event for each group, and one for the block."""
+    groups = [
+        {"event": "group", "block": block_index, "group": index, **asdict(receipt)}
+        for index, receipt in enumerate(receipts)
+    ]
+    return [
+        *groups,
+        {
+            "event": "block",
+            "block": block_index,
+            "output_error": mean_output_error(receipts),
+            "bytes_moved": sum(receipt.received_bytes for receipt in receipts),
+        },
+    ]
+
+
+def mean_output_error(receipts: Sequence[GroupReceipt]) -> float | None:
+    """Mean relative squared output error over layers that have one."""
+    errors = [
+        numbers["relative_output_squared_error"]
+        for receipt in receipts
+        for numbers in receipt.layers.values()
+        if "relative_output_squared_error" in numbers
+    ]
+    return sum(errors) / len(errors) if errors else None
+
+
+def group_pieces(quantizer: Quantizer, group: InputGroup, device_type: str) -> list[RowPiece]:
+    """The pieces of a group of a model; the driver and all workers cut alike.
+
+    Args:
+        quantizer: Says whether rows are independent, and which layers may share a piece.
+        group: Names and shapes of the layers.
+        device_type: ``cpu`` or ``cuda``, of all workers.
+    """
+    out_features = dict(zip(group.layer_names, group.out_features, strict=True))
+    return row_pieces(
+        quantizer, out_features, group.in_features, row_tile(device_type, group.in_features)
+    )
+
+
 def quantize_group(
     quantizer: Quantizer,
     weights: Mapping[str, Float[Tensor, "out in"]],
     statistics: GroupStatistics | None,
     qep: QEPConfig | None,
+    *,
+    tile: int | None = None,
 ) -> tuple[dict[str, QuantizationResult], list[str]]:
-    """Quantize layers that share an input, on one thread, so that the bits are the same anywhere.
+    """Quantize layers that share an input, all pieces one after the other.
 
     Args:
         quantizer: Method and settings.
         weights: Float32 weights by full layer name.
         statistics: Sums over the group's inputs; None for methods that need none.
         qep: Corrects the weights first where the statistics allow it.
+        tile: Most rows of a piece; None for what ``row_tile`` says.
 
     Returns:
         Results by layer name, and what had to be done other than asked, in words.
@@ -52,79 +143,209 @@ def quantize_group(
     Raises:
         LayerError: Weights or inputs that are not finite, or arithmetic that failed for good.
     """
-    first = next(iter(weights))
-    _require_finite(weights)
+    first = next(iter(weights.values()))
+    prepared = prepare_group(
+        quantizer, statistics, qep, list(weights), first.shape[1], device=first.device
+    )
+    out_features = {name: len(weight) for name, weight in weights.items()}
+    tile = tile or row_tile(first.device, first.shape[1])
+    pieces = row_pieces(quantizer, out_features, first.shape[1], tile)
+    return join_pieces(
+        list(weights),
+        [quantize_piece(quantizer, p, p.rows_of(weights), prepared, qep) for p in pieces],
+    )
+
+
+def prepare_group(
+    quantizer: Quantizer,
+    statistics: GroupStatistics | None,
+    qep: QEPConfig | None,
+    layer_names: Sequence[str],
+    in_features: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> PreparedGroup:
+    """Make what all pieces need, on one thread: the Hessian and its factors, ladder climbed.
+
+    Args:
+        quantizer: Method and settings.
+        statistics: Sums over the group's inputs; None when no token reached it.
+        qep: Whether and how weights are corrected.
+        layer_names: Full names, in the order of the group.
+        in_features: Columns of each layer.
+        device: Where to compute.
+
+    Raises:
+        LayerError: Inputs that are not finite.
+    """
     if statistics is not None:
-        statistics.require_finite(first)
+        statistics.require_finite(layer_names[0])
+    num_tokens = 0 if statistics is None else statistics.num_tokens
     with one_thread(), torch.no_grad():
-        factors = _factors(quantizer, statistics, weights[first].shape[1])
-        try:
-            weights = _corrected(weights, statistics, factors, qep)
-            started = time.monotonic()
-            results = dict(quantizer.quantize_weights(weights, factors))
-        except QuantizationError as error:
-            raise LayerError(first, str(error)) from error
-        _fill(results, weights, statistics, quantizer, time.monotonic() - started)
-    return results, [] if factors is None else factors.fallbacks
+        if quantizer.flag_hessian:
+            factors = _factors(quantizer, statistics, in_features, device)
+            delta = _delta(statistics, factors, qep, layer_names)
+            for percdamp in quantizer.dampings():
+                with suppress(QuantizationError):  # who asks for it again is told at once
+                    factors.at(percdamp)
+            return PreparedGroup(factors, delta, num_tokens)
+        if quantizer.calc_quant_error and statistics is not None:
+            return PreparedGroup(HessianFactors(statistics.hessian().to(device)), None, num_tokens)
+    return PreparedGroup(num_tokens=num_tokens)
 
 
 def _factors(
-    quantizer: Quantizer, statistics: GroupStatistics | None, in_features: int
-) -> HessianFactors | None:
-    if not quantizer.flag_hessian:
-        return None
+    quantizer: Quantizer,
+    statistics: GroupStatistics | None,
+    in_features: int,
+    device: torch.device | str,
+) -> HessianFactors:
     if statistics is None:  # with all inputs alike, second-order methods round to nearest
-        return HessianFactors(
-            torch.eye(in_features), fallbacks=["round to nearest: no calibration token reached it"]
-        )
-    hessian = statistics.hessian()
+        reason = "round to nearest: no calibration token reached it"
+        return HessianFactors(torch.eye(in_features, device=device), fallbacks=[reason])
+    hessian = statistics.hessian().to(device)
     return HessianFactors(hessian, quantizer.column_order(hessian))
 
 
-def _corrected(
-    weights: Mapping[str, Tensor],
+def _delta(
     statistics: GroupStatistics | None,
-    factors: HessianFactors | None,
+    factors: HessianFactors,
     qep: QEPConfig | None,
-) -> Mapping[str, Tensor]:
-    delta = None if statistics is None else statistics.delta()
-    if qep is None or delta is None or factors is None:
-        return weights
+    layer_names: Sequence[str],
+) -> Tensor | None:
+    """``C``, with the factor made that the correction divides by; None to correct nothing."""
+    if statistics is None or qep is None or not any(map(qep.corrects, layer_names)):
+        return None
+    delta = statistics.delta()
+    if delta is None:
+        return None
     try:
-        factor = factors.at(qep.percdamp)
+        factors.at(qep.percdamp)
     except QuantizationError as error:
         factors.fallbacks.append(f"weights not corrected: {error}")
-        return weights
+        return None
+    return delta.to(factors.hessian.device)
+
+
+def quantize_piece(
+    quantizer: Quantizer,
+    piece: RowPiece,
+    rows: Mapping[str, Float[Tensor, "_ in"]],
+    prepared: PreparedGroup,
+    qep: QEPConfig | None,
+) -> PieceResult:
+    """Correct and quantize rows, on one thread, so that the bits are the same anywhere.
+
+    Args:
+        quantizer: Method and settings, the same as for ``prepare_group``.
+        piece: What is quantized.
+        rows: Float32 rows of each layer in it, ``RowPiece.rows_of`` the weights.
+        prepared: What the pieces of the group share, on the device of the rows.
+        qep: How weights are corrected, where ``prepared`` says that they are.
+
+    Raises:
+        LayerError: Weights that are not finite, or arithmetic that failed for good.
+    """
+    _require_finite(piece, rows)
+    started = time.monotonic()
+    found = None if prepared.factors is None else prepared.factors.for_piece()
+    with one_thread(), torch.no_grad():
+        try:
+            rows = _corrected(rows, prepared, qep)
+            results = dict(
+                quantizer.quantize_weights(rows, found if quantizer.flag_hessian else None)
+            )
+        except QuantizationError as error:
+            raise LayerError(piece.ranges[0].layer_name, str(error)) from error
+        errors = _errors(quantizer, rows, results, prepared, found)
+    return PieceResult(
+        piece,
+        results,
+        errors,
+        fallbacks=[] if found is None else [*prepared.factors.fallbacks, *found.fallbacks],
+        rounded_rows=0 if found is None else found.rounded_rows,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _require_finite(piece: RowPiece, rows: Mapping[str, Tensor]) -> None:
+    for part in piece.ranges:
+        weight = rows[part.layer_name]
+        if not all_finite(weight):
+            bad = int((~torch.isfinite(weight)).sum())
+            verb = "holds" if part.is_whole else "hold"
+            raise LayerError(
+                part.layer_name,
+                f"{part} {verb} {bad} NaN or infinite values of {weight.numel()}. "
+                "The checkpoint is damaged, or --dtype is too narrow for it.",
+            )
+
+
+def _corrected(
+    rows: Mapping[str, Tensor], prepared: PreparedGroup, qep: QEPConfig | None
+) -> dict[str, Tensor]:
+    """All rows of a piece are corrected in one product, and taken where a layer is corrected."""
+    if prepared.delta is None or qep is None or not any(map(qep.corrects, rows)):
+        return dict(rows)
+    stacked = torch.cat(list(rows.values()))
+    factor = prepared.factors.at(qep.percdamp)
+    corrected = corrected_weight(stacked, prepared.delta, factor, qep.perccorr)
+    parts = corrected.split([len(part) for part in rows.values()])
     return {
-        name: corrected_weight(weight, delta, factor, qep.perccorr)
-        if qep.corrects(name)
-        else weight
-        for name, weight in weights.items()
+        name: part if qep.corrects(name) else rows[name]
+        for name, part in zip(rows, parts, strict=True)
     }
 
 
-def _fill(
-    results: Mapping[str, QuantizationResult],
-    weights: Mapping[str, Tensor],
-    statistics: GroupStatistics | None,
+def _errors(
     quantizer: Quantizer,
-    seconds: float,
-) -> None:
-    total = sum(weight.numel() for weight in weights.values())
-    for name, result in results.items():
-        result.quantization_time = seconds * weights[name].numel() / total
-        if quantizer.calc_quant_error:
-            fill_weight_errors(result, weights[name])
-            if statistics is not None:
-                fill_output_errors(result, weights[name], statistics)
+    rows: Mapping[str, Tensor],
+    results: Mapping[str, QuantizationResult],
+    prepared: PreparedGroup,
+    found: HessianFactors | None,
+) -> dict[str, RowErrors]:
+    """Measured where that was asked for, else what the method knows anyway."""
+    known = {} if found is None else found.row_errors
+    if not quantizer.calc_quant_error:
+        return {name: RowErrors(output=errors.cpu()) for name, errors in known.items()}
+    hessian = prepared.factors.hessian if prepared.num_tokens else None
+    measured = {
+        name: RowErrors.of(result, rows[name], hessian, prepared.num_tokens).cpu()
+        for name, result in results.items()
+    }
+    if hessian is None:
+        known = {name: errors.cpu() for name, errors in known.items()}
+        return {n: replace(errors, output=known.get(n)) for n, errors in measured.items()}
+    return measured
 
 
-def _require_finite(weights: Mapping[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        if not all_finite(weight):
-            bad = int((~torch.isfinite(weight)).sum())
-            raise LayerError(
-                name,
-                f"its weight holds {bad} NaN or infinite values of {weight.numel()}. "
-                "The checkpoint is damaged, or --dtype is too narrow for it.",
-            )
+def join_pieces(
+    layer_names: Sequence[str], pieces: Iterable[PieceResult]
+) -> tuple[dict[str, QuantizationResult], list[str]]:
+    """Put a group together.
+
+    Args:
+        layer_names: Full names, in the order of the group.
+        pieces: All of them, in any order.
+
+    Returns:
+        Results by layer name, and what had to be done other than asked, in words.
+    """
+    pieces = sorted(pieces, key=lambda part: part.piece.index)
+    found = [part.piece.index for part in pieces]
+    assert found == list(range(pieces[0].piece.count)), f"{found} are not all pieces, each once"
+    results = {name: _join(name, [p for p in pieces if name in p.results]) for name in layer_names}
+    fallbacks = list(dict.fromkeys(text for part in pieces for text in part.fallbacks))
+    if rounded := sum(part.rounded_rows for part in pieces):
+        num_rows = sum(part.piece.num_rows for part in pieces)
+        fallbacks.append(f"round to nearest: {rounded} of {num_rows} rows")
+    return results, fallbacks
+
+
+def _join(layer_name: str, parts: Sequence[PieceResult]) -> QuantizationResult:
+    result = QuantizationResult.join([part.results[layer_name] for part in parts])
+    result.quantization_time = sum(part.seconds * part.piece.share(layer_name) for part in parts)
+    errors = [part.errors[layer_name] for part in parts if layer_name in part.errors]
+    if errors:
+        RowErrors.join(errors).fill(result, parts[0].piece.in_features)
+    return result

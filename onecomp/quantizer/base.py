@@ -1,11 +1,13 @@
 """The interface of every quantizer: settings in, one result per layer out."""
 
+import copy
 import time
 from abc import ABC, abstractmethod
 from collections import ChainMap
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +17,7 @@ from onecomp.errors import ConfigError, LayerError
 from onecomp.linalg import one_thread
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer import result_files
-from onecomp.quantizer.errors_of import fill_output_errors, fill_weight_errors
+from onecomp.quantizer.errors_of import RowErrors
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.quant_linear import QuantLinear
 from onecomp.quantizer.result import QuantizationResult
@@ -23,6 +25,8 @@ from onecomp.statistics import GroupStatistics
 
 RUN_STATE = ("module_to_name", "results")
 """Fields that a run fills; everything else is a setting."""
+METHODS = {"quantize_layer", "quantize_weights"}
+"""What says how a method quantizes."""
 
 
 class DefaultName(str):
@@ -44,6 +48,10 @@ class Quantizer(ABC):
     ``flag_hessian`` when it needs calibration data and the Hessian.
     """
 
+    row_separable: ClassVar[bool] = False
+    """Rows are quantized independently of each other, so that a layer's may be cut into pieces and
+    solved by several workers. Not inherited by a class that quantizes in a way of its own."""
+
     name: str | None = None
     """Default: class name and main settings; ``dataclasses.replace`` makes a default name anew."""
     num_layers: int | None = None
@@ -62,6 +70,11 @@ class Quantizer(ABC):
     flag_calibration: bool = False
     flag_hessian: bool = False
     flag_xtx: bool = False
+
+    def __init_subclass__(cls, **kwargs: object):
+        super().__init_subclass__(**kwargs)
+        if METHODS & vars(cls).keys() and "row_separable" not in vars(cls):
+            cls.row_separable = False
 
     def __post_init__(self) -> None:
         if self.name is None or isinstance(self.name, DefaultName):
@@ -213,9 +226,10 @@ class Quantizer(ABC):
         statistics: GroupStatistics | None,
     ) -> None:
         if self.calc_quant_error:
-            fill_weight_errors(result, weight)
+            measured = (None, 0)
             if statistics is not None:
-                fill_output_errors(result, weight, statistics)
+                measured = statistics.hessian(), statistics.num_tokens
+            RowErrors.of(result, weight, *measured).fill(result, weight.shape[1])
         if not isinstance(self.results, MutableMapping):  # those of a run stay in its directory
             self.results = ChainMap({}, self.results)
         self.results[self.module_to_name.get(module, "")] = result
@@ -226,23 +240,39 @@ class Quantizer(ABC):
         """Order in which the method solves the columns; None for the layer's own."""
         return None
 
+    def dampings(self) -> tuple[float, ...]:
+        """Dampings of the factors that ``quantize_weights`` asks for: they are made once, before.
+
+        Fractions of the Hessian's mean diagonal.
+        """
+        return ()
+
+    def piece_key(self, layer_name: str) -> tuple[int, ...]:
+        """Rows of layers with equal keys may lie in one piece, to be solved together."""
+        return ()
+
+    def solve_cost(self, num_rows: int, in_features: int) -> float:
+        """Multiplications that take as long as ``quantize_weights`` of so many rows on a CPU."""
+        return float(num_rows * in_features * (in_features if self.flag_hessian else 1))
+
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> Mapping[str, QuantizationResult]:
         """Quantize layers that share an input; methods override it to share work between them.
 
         Args:
-            weights: Float32 weights by full layer name.
+            weights: Float32 weights by full layer name; some rows of them where ``row_separable``.
+                They are not changed.
             factors: The Hessian and its factors; None for methods without one.
         """
         hessian = None if factors is None else factors.hessian.to(self.hessian_dtype)
+        method = copy.copy(self)  # other threads use this quantizer, too
         results = {}
         for name, weight in weights.items():
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             layer.weight = nn.Parameter(weight, requires_grad=False)
-            self.module_to_name = {layer: name}
-            results[name] = as_result(self.quantize_layer(layer, None, hessian))
-        self.module_to_name = {}
+            method.module_to_name = {layer: name}
+            results[name] = as_result(method.quantize_layer(layer, None, hessian))
         return results
 
     # Results

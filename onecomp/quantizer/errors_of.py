@@ -1,4 +1,7 @@
-"""Errors of a result against the weight it stands for."""
+"""Errors of a result against the weight it stands for, row by row, so that pieces add up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -6,32 +9,64 @@ from torch import Tensor
 
 from onecomp.linalg import quadratic_form
 from onecomp.quantizer.result import QuantizationResult
-from onecomp.statistics import GroupStatistics
 
 
-def fill_weight_errors(result: QuantizationResult, weight: Float[Tensor, "out in"]) -> None:
-    """Fill the three fields about ``||W - Ŵ||²``; sums are float64."""
-    weight = weight.float()
-    error = (weight - result.dequantize(weight.device)).double().square().sum().item()
-    result.weight_squared_error = error
-    result.mean_weight_squared_error = error / weight.numel()
-    result.relative_weight_squared_error = _ratio(error, weight.double().square().sum().item())
+@dataclass(frozen=True)
+class RowErrors:
+    """Squared error of each row, and below it the row's own square, which it is relative to."""
 
+    weight: Float[Tensor, "2 out"] | None = None
+    """``||w - ŵ||²`` and ``||w||²``, float64."""
+    output: Float[Tensor, "2 out"] | None = None
+    """``(w - ŵ) H (w - ŵ)ᵀ`` and ``w H wᵀ``."""
+    num_tokens: int = 0
+    """Tokens that ``H`` is the mean of; 0 where only the ratio of output errors is to be told."""
 
-def fill_output_errors(
-    result: QuantizationResult, weight: Float[Tensor, "out in"], statistics: GroupStatistics
-) -> None:
-    """Fill the three fields about ``||W X - Ŵ X||²`` from the sums over tokens alone."""
-    weight, tokens = weight.float(), statistics.num_tokens
-    hessian = statistics.hessian()
-    error = _output_energy(weight - result.dequantize(weight.device), hessian, tokens)
-    result.output_squared_error = error
-    result.mean_output_squared_error = error / (weight.shape[0] * tokens)
-    result.relative_output_squared_error = _ratio(error, _output_energy(weight, hessian, tokens))
+    @classmethod
+    def of(
+        cls,
+        result: QuantizationResult,
+        weight: Float[Tensor, "out in"],
+        hessian: Float[Tensor, "in in"] | None,
+        num_tokens: int,
+    ) -> "RowErrors":
+        """Measure a result of all rows of ``weight``; output errors where there is a Hessian."""
+        weight = weight.float()
+        pair = weight - result.dequantize(weight.device), weight
+        squares = torch.stack([part.double().square().sum(dim=1) for part in pair])
+        if hessian is None:
+            return cls(squares)
+        return cls(
+            squares, torch.stack([quadratic_form(part.T, hessian) for part in pair]), num_tokens
+        )
 
+    @staticmethod
+    def join(parts: Sequence["RowErrors"]) -> "RowErrors":
+        """Errors of a layer from those of consecutive rows."""
+        weight, output = (
+            None if None in rows else torch.cat(rows, dim=1)
+            for rows in zip(*((part.weight, part.output) for part in parts), strict=True)
+        )
+        return replace(parts[0], weight=weight, output=output)
 
-def _output_energy(weight: Tensor, hessian: Tensor, tokens: int) -> float:
-    return quadratic_form(weight.T, hessian).sum(dtype=torch.float64).item() * tokens / 2
+    def cpu(self) -> "RowErrors":
+        """The same in the processor's memory."""
+        weight, output = (None if t is None else t.cpu() for t in (self.weight, self.output))
+        return replace(self, weight=weight, output=output)
+
+    def fill(self, result: QuantizationResult, in_features: int) -> None:
+        """Fill the error fields that are known; sums over rows are float64."""
+        if self.weight is not None:
+            error, energy = self.weight.sum(dim=1).tolist()
+            result.weight_squared_error = error
+            result.mean_weight_squared_error = error / (self.weight.shape[1] * in_features)
+            result.relative_weight_squared_error = _ratio(error, energy)
+        if self.output is not None:
+            error, energy = self.output.double().sum(dim=1).tolist()
+            result.relative_output_squared_error = _ratio(error, energy)
+            if self.num_tokens:
+                result.output_squared_error = error * self.num_tokens / 2
+                result.mean_output_squared_error = error / (2 * self.output.shape[1])
 
 
 def _ratio(part: float, whole: float) -> float:

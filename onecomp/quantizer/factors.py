@@ -1,13 +1,13 @@
 """One factorisation of a Hessian, shared by everything that solves with it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.errors import QuantizationError
-from onecomp.linalg import HessianFactor
+from onecomp.linalg import HessianFactor, from_strips, strip_bounds
 
 LADDER = (
     (1, torch.float32),
@@ -21,7 +21,10 @@ LADDER = (
 
 @dataclass
 class HessianFactors:
-    """Factors of one Hessian, made when first asked for and kept.
+    """Factors of one Hessian, made when first asked for and kept; and what was found with them.
+
+    Pickled, the symmetric and the triangular matrices travel as strips: little more than half of
+    the bytes. No tensor is written to once it is here.
 
     Args:
         hessian: ``2 / tokens * XᵀX``.
@@ -31,8 +34,13 @@ class HessianFactors:
     hessian: Float[Tensor, "in in"]
     order: Tensor | None = None
     fallbacks: list[str] = field(default_factory=list)
-    """What the ladder had to do, in words for the journal."""
+    """What the ladder or a method had to do other than asked, in words for the journal."""
+    rounded_rows: int = 0
+    """Rows that a method rounded to nearest because that served them better."""
+    row_errors: dict[str, Float[Tensor, "2 out"]] = field(default_factory=dict)
+    """By layer name, output error and output energy of each row, where the method knows them."""
     _known: dict[float, HessianFactor] = field(default_factory=dict, repr=False)
+    _failed: dict[float, str] = field(default_factory=dict, repr=False)
 
     def at(self, percdamp: float) -> HessianFactor:
         """The factor with damping ``percdamp`` times the mean diagonal, or the next that exists.
@@ -40,6 +48,8 @@ class HessianFactors:
         Raises:
             QuantizationError: Not even a hundred times the damping in float64 was enough.
         """
+        if percdamp in self._failed:
+            raise QuantizationError(self._failed[percdamp])
         if percdamp not in self._known:
             self._known[percdamp] = self._climb(percdamp)
         return self._known[percdamp]
@@ -57,4 +67,50 @@ class HessianFactors:
             if (more, dtype) != LADDER[0]:
                 self.fallbacks.append(f"percdamp {percdamp:g} -> {percdamp * more:g} in {dtype}")
             return factor
+        self._failed[percdamp] = reason
         raise QuantizationError(reason)
+
+    def for_piece(self) -> "HessianFactors":
+        """The same factors with nothing found yet."""
+        return replace(self, fallbacks=[], rounded_rows=0, row_errors={})
+
+    def to(self, device: torch.device | str) -> "HessianFactors":
+        """The same factors on a device; themselves where they are there."""
+        if self.hessian.device == torch.device(device):
+            return self
+        order = None if self.order is None else self.order.to(device)
+        known = {
+            percdamp: HessianFactor(order, factor.upper.to(device), factor.percdamp)
+            for percdamp, factor in self._known.items()
+        }
+        return replace(self, hessian=self.hessian.to(device), order=order, _known=known)
+
+    def __getstate__(self) -> dict[str, object]:
+        uppers = {
+            percdamp: (_to_strips(factor.upper), factor.percdamp)
+            for percdamp, factor in self._known.items()
+        }
+        order = None if self.order is None else self.order.cpu()
+        return vars(self) | {"hessian": _to_strips(self.hessian), "order": order, "_known": uppers}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.hessian = from_strips(state["hessian"])
+        self._known = {
+            percdamp: HessianFactor(self.order, _upper_from_strips(strips), damping)
+            for percdamp, (strips, damping) in state["_known"].items()
+        }
+
+
+def _to_strips(matrix: Float[Tensor, "in in"]) -> list[Tensor]:
+    """Copies in the processor's memory; a view would be pickled with all that it is a view of."""
+    bounds = strip_bounds(len(matrix))
+    return [matrix[a:b, a:].clone(memory_format=torch.contiguous_format).cpu() for a, b in bounds]
+
+
+def _upper_from_strips(strips: list[Tensor]) -> Float[Tensor, "in in"]:
+    size = strips[0].shape[1]
+    full = strips[0].new_zeros(size, size)
+    for (a, b), strip in zip(strip_bounds(size), strips, strict=True):
+        full[a:b, a:] = strip
+    return full

@@ -19,6 +19,8 @@ SMALLEST_SQUARE = 2.0**-40
 """Added to squared errors in units of the scale, since the logarithm of zero is slow."""
 SEARCH_CHUNK = 1 << 17
 """Weights times candidates tried at once: with their temporaries they stay in a cache."""
+SEARCH_COST = 14_000
+"""Multiplications of a product that take as long as the search for one weight, on a CPU."""
 
 
 @dataclass(frozen=True)

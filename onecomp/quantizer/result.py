@@ -1,8 +1,8 @@
 """What one layer became: the base of every method's result."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onecomp.errors import ConfigError
 
+AnyResult = TypeVar("AnyResult", bound="QuantizationResult")
 STATISTICS = (
     "quantization_time",
     "output_squared_error",
@@ -73,6 +74,32 @@ class QuantizationResult:
             NotImplementedError: The result holds neither a weight nor codes.
         """
         return self.dequantize(device).to(device="cpu", dtype=torch.float16).contiguous()
+
+    def row_dims(self) -> dict[str, int]:
+        """Dimension along which the layer's rows lie, of each tensor field that has one."""
+        return {"dequantized_weight": 0}
+
+    @staticmethod
+    def join(parts: "Sequence[AnyResult]") -> "AnyResult":
+        """The result of a layer from those of consecutive rows, in order.
+
+        Raises:
+            ValueError: A tensor differs between parts and is not in ``row_dims``.
+        """
+        first, dims = parts[0], parts[0].row_dims()
+        if len(parts) == 1:
+            return first
+        joined = {}
+        for name, tensor in first.tensors().items():
+            tensors = [part.tensors()[name] for part in parts]
+            if name in dims:
+                joined[name] = torch.cat(tensors, dim=dims[name])
+            elif not all(torch.equal(tensor, other) for other in tensors):
+                raise ValueError(
+                    f"{type(first).__name__}.{name} differs between rows of one layer. "
+                    "Return the dimension that rows lie along from row_dims()."
+                )
+        return replace(first, **joined)
 
     def get_statistics(self) -> dict[str, float | None]:
         """The seven scalar fields by name."""

@@ -127,20 +127,32 @@ def gptq_quantize(
     Returns:
         Codes on the device of ``weight``.
     """
-    live = factor.permuted(weight).T.contiguous()
-    grids = _Grids(weight, factor, rule, importance)
+    grids, unit_upper = _Grids(weight, factor, rule, importance), factor.unit_upper
+    with torch.inference_mode():  # many calls of little work: bookkeeping for autograd would show
+        live = factor.permuted(weight).T.clone(memory_format=torch.contiguous_format)
+        codes = _solve(live, unit_upper, grids, blocksize)
+    codes = _unpermuted(codes, factor) + grids.grid.zero_point[grids.group_of_column]
+    return Solution(codes, grids.grid, grids.group_of_column, None if rule.static else factor.order)
+
+
+def _solve(live: Tensor, unit_upper: Tensor, grids: "_Grids", blocksize: int) -> Tensor:
+    """Codes counted from the zero point, in the order of solving; ``live`` is used up."""
     codes, errors = torch.empty_like(live), torch.zeros_like(live[:blocksize])
-    unit_upper = factor.unit_upper
+    error_columns = errors.unbind()
     for start, end in column_blocks(len(live), blocksize, grids.live_groupsize):
-        block = _Block(
-            live[start:end], codes[start:end], errors, unit_upper[start:end, start:end], start
+        num_columns = end - start
+        columns = zip(
+            live[start:end].unbind(),
+            codes[start:end].unbind(),
+            error_columns[:num_columns],
+            strict=True,
         )
+        block = _Block(live[start:end], errors, unit_upper[start:end, start:end], list(columns))
         for group in grids.segments(start, end):
             grids.fit(start + group.start, live)
-            block.solve(group, grids)
-        live[end:].addmm_(unit_upper[start:end, end:].T, errors[: end - start], alpha=-1)
-    codes = _unpermuted(codes, factor).add_(grids.grid.zero_point[grids.group_of_column])
-    return Solution(codes, grids.grid, grids.group_of_column, None if rule.static else factor.order)
+            block.solve(group, start, grids)
+        live[end:].addmm_(unit_upper[start:end, end:].T, errors[:num_columns], alpha=-1)
+    return codes
 
 
 def column_blocks(
@@ -222,35 +234,40 @@ class _Grids:
         return self._ranges[self._group_of_position[position]]
 
 
+@dataclass(frozen=True)
 class _Block:
-    """A column block: its weights, codes and errors, and its part of the unit factor.
+    """A column block: its weights and errors, and its part of the unit factor."""
 
-    Rows of these matrices are taken apart once: on small layers the time goes to calls, not to
-    arithmetic.
-    """
+    live: Float[Tensor, "block out"]
+    errors: Tensor
+    """As wide as the widest block."""
+    upper: Float[Tensor, "block block"]
+    columns: list[tuple[Tensor, Tensor, Tensor]]
+    """Weight, code and error of each column, taken apart once: on small layers the time goes to
+    calls, not to arithmetic."""
 
-    def __init__(self, live: Tensor, codes: Tensor, errors: Tensor, upper: Tensor, first: int):
-        self._live, self._errors, self._upper, self._first = live, errors, upper, first
-        self._columns = list(
-            zip(live.unbind(), codes.unbind(), errors[: len(live)].unbind(), strict=True)
-        )
+    def solve(self, columns: range, first: int, grids: _Grids) -> None:
+        """Quantize ``columns`` and correct all columns of the block behind them.
 
-    def solve(self, columns: range, grids: _Grids) -> None:
-        """Quantize ``columns`` and correct all columns of the block behind them."""
+        Args:
+            columns: Positions in the block.
+            first: Position of the block's first column in the order of solving.
+            grids: Where each column's grid is.
+        """
         for start in range(columns.start, columns.stop, PANEL_COLUMNS):
             end = min(start + PANEL_COLUMNS, columns.stop)
-            errors = self._errors[start:end]
+            errors = self.errors[start:end]
             # Zero for the columns not yet solved: what their errors hold from before has no effect.
-            weights_of_errors = self._upper[start:end, start:end].unbind(dim=1)
+            weights_of_errors = self.upper[start:end, start:end].unbind(dim=1)
             for column in range(start, end):
                 if column > start:
                     correction = weights_of_errors[column - start]
-                    self._columns[column][0].addmv_(errors.T, correction, alpha=-1)
-                self._round(column, grids.at(self._first + column))
-            self._live[end:].addmm_(self._upper[start:end, end:].T, errors, alpha=-1)
+                    self.columns[column][0].addmv_(errors.T, correction, alpha=-1)
+                self._round(column, grids.at(first + column))
+            self.live[end:].addmm_(self.upper[start:end, end:].T, errors, alpha=-1)
 
     def _round(self, column: int, grid: tuple[Tensor, Tensor, Tensor]) -> None:
-        weight, code, error = self._columns[column]
+        weight, code, error = self.columns[column]
         scale, smallest, largest = grid
         torch.div(weight, scale, out=code)
         code.round_().clamp_(smallest, largest)

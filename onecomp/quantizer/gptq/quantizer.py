@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from onecomp.export.quant_config import LayerBits, finalize_quant_config, gptq_q
 from onecomp.linalg import quadratic_form
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
+from onecomp.quantizer.errors_of import RowErrors
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.gptq.algorithm import (
     GridRule,
@@ -23,11 +25,14 @@ from onecomp.quantizer.gptq.algorithm import (
 )
 from onecomp.quantizer.gptq.layer import GPTQLinear
 from onecomp.quantizer.gptq.result import GPTQResult
-from onecomp.quantizer.grid import GridSearch
+from onecomp.quantizer.grid import SEARCH_COST, GridSearch
+from onecomp.quantizer.pieces import even_cuts, row_tile
 
-ROW_TILE = 4096
-"""Most rows solved at once; a wider group is cut into even tiles, wherever they run."""
 SMALLEST_PERCDAMP = 3.95e-4
+COLUMN_COST = 3_000_000
+"""Multiplications that take as long as the calls a column costs, measured on a CPU."""
+WEIGHT_COST = 4000
+"""The same for a weight, beside its share in products."""
 
 
 @dataclass
@@ -43,6 +48,7 @@ class GPTQ(Quantizer):
         'GPTQ_4bit_gs128'
     """
 
+    row_separable: ClassVar[bool] = True
     flag_calibration: bool = True
     flag_hessian: bool = True
     blocksize: int = 128
@@ -194,19 +200,29 @@ class GPTQ(Quantizer):
             return None
         return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
+    def dampings(self) -> tuple[float, ...]:
+        """A single one."""
+        return (self.percdamp,)
+
+    def piece_key(self, layer_name: str) -> tuple[int, int]:
+        """Bits and group size: layers with the same are solved together."""
+        bits = self.layer_bits(layer_name)
+        return bits.wbits, bits.groupsize
+
+    def solve_cost(self, num_rows: int, in_features: int) -> float:
+        """Calls by column, products, and what is done to each weight."""
+        by_weight = 2 * in_features + WEIGHT_COST + (SEARCH_COST if self.mse else 0)
+        return float(in_features * (COLUMN_COST + num_rows * by_weight))
+
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, GPTQResult]:
         """Quantize layers that share an input; those with the same bits are solved together."""
-        by_bits = itertools.groupby(sorted(weights, key=self._bits_key), key=self._bits_key)
+        by_bits = itertools.groupby(sorted(weights, key=self.piece_key), key=self.piece_key)
         results: dict[str, GPTQResult] = {}
         for _, names in by_bits:
             results |= self._quantize_alike({name: weights[name] for name in names}, factors)
         return {name: results[name] for name in weights}
-
-    def _bits_key(self, name: str) -> tuple[int, int]:
-        bits = self.layer_bits(name)
-        return bits.wbits, bits.groupsize
 
     def _quantize_alike(
         self, weights: Mapping[str, Tensor], factors: HessianFactors
@@ -221,27 +237,34 @@ class GPTQ(Quantizer):
             static=self.static_groups,
         )
         stacked = torch.cat(list(weights.values()))
-        solution = self._solve(stacked, factors, rule)
-        solution, errors = self._no_worse_than_rounding(solution, stacked, factors)
+        cuts = even_cuts(len(stacked), row_tile(stacked.device, stacked.shape[1]))
+        solutions, errors = zip(
+            *(self._solve(stacked[a:b], factors, rule) for a, b in cuts), strict=True
+        )
         sizes = [len(weight) for weight in weights.values()]
+        factors.row_errors |= zip(
+            weights, torch.cat(errors, dim=1).split(sizes, dim=1), strict=True
+        )
         return {
-            name: self._result(bits, part, part_errors)
-            for name, part, part_errors in zip(
-                weights, solution.split(sizes), errors.split(sizes, dim=1), strict=True
-            )
+            name: self._result(bits, part, factors.row_errors[name])
+            for name, part in zip(weights, Solution.join(solutions).split(sizes), strict=True)
         }
 
-    def _solve(self, weight: Tensor, factors: HessianFactors, rule: GridRule) -> Solution:
+    def _solve(
+        self, weight: Tensor, factors: HessianFactors, rule: GridRule
+    ) -> tuple[Solution, Float[Tensor, "2 out"]]:
+        """Solution of rows, and each row's output error and output energy."""
         try:
             factor = factors.at(self.percdamp)
         except QuantizationError as error:
             factors.fallbacks.append(f"round to nearest: {error}")
-            return nearest_solution(weight, fit_static_grid(weight, rule), rule.groupsize)
-        importance = factors.hessian.diagonal().sqrt() if self.weighted_mse else None
-        return Solution.join(
-            gptq_quantize(tile, factor, rule, blocksize=self.blocksize, importance=importance)
-            for tile in weight.tensor_split(-(-len(weight) // ROW_TILE))
-        )
+            solution = nearest_solution(weight, fit_static_grid(weight, rule), rule.groupsize)
+        else:
+            importance = factors.hessian.diagonal().sqrt() if self.weighted_mse else None
+            solution = gptq_quantize(
+                weight, factor, rule, blocksize=self.blocksize, importance=importance
+            )
+        return self._no_worse_than_rounding(solution, weight, factors)
 
     def _no_worse_than_rounding(
         self, solution: Solution, weight: Tensor, factors: HessianFactors
@@ -255,7 +278,7 @@ class GPTQ(Quantizer):
         )
         worse = rounded < solved
         if worse.any():
-            factors.fallbacks.append(f"round to nearest: {int(worse.sum())} of {len(worse)} rows")
+            factors.rounded_rows += int(worse.sum())
             solution = solution.replace_rows(worse, nearest)
         return solution, torch.stack([torch.minimum(solved, rounded), energy])
 
@@ -263,9 +286,7 @@ class GPTQ(Quantizer):
         scales, zeros = solution.grid.scale, solution.grid.zero_point
         if bits.groupsize == -1:
             scales, zeros = scales.T, zeros.T
-        error, energy = errors.double().sum(dim=1).tolist()
-        return GPTQResult(
-            relative_output_squared_error=error / energy if energy > 0 else 0.0,
+        result = GPTQResult(
             wbits=bits.wbits,
             groupsize=bits.groupsize,
             actorder=self.actorder,
@@ -275,6 +296,8 @@ class GPTQ(Quantizer):
             qzeros=zeros.to("cpu", torch.float16).contiguous(),
             perm=None if solution.order is None else solution.order.cpu(),
         )
+        RowErrors(output=errors).fill(result, len(solution.codes))
+        return result
 
     def get_quant_config(self) -> dict:
         """Top level of a GPTQ v1 checkpoint's ``quantization_config``."""

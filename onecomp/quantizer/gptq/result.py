@@ -35,6 +35,11 @@ class GPTQResult(QuantizationResult):
     ``i // groupsize``. None when groups keep the layer's own order: without ``actorder``, with
     ``static_groups``, and where the layer was rounded to nearest."""
 
+    def row_dims(self) -> dict[str, int]:
+        """Rows of the codes, and of the grids as their layout has them."""
+        grids = 0 if self.groupsize == -1 else 1
+        return {**super().row_dims(), "qweight": 0, "scales": grids, "qzeros": grids}
+
     @property
     def group_index(self) -> Int[Tensor, "in"]:
         """Group of each column (``g_idx`` of checkpoints), int32."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from onecomp.errors import LayerError
@@ -12,7 +14,8 @@ from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.gptq.layer import GPTQLinear
 from onecomp.quantizer.gptq.result import GPTQResult
-from onecomp.quantizer.grid import GridSearch, fit_grid, round_to_nearest
+from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest
+from onecomp.quantizer.pieces import even_cuts, row_tile
 from onecomp.quantizer.rtn.result import RTNResult
 
 
@@ -20,6 +23,7 @@ from onecomp.quantizer.rtn.result import RTNResult
 class RTN(Quantizer):
     """Round each weight to the nearest value of its group's grid; saved in GPTQ's layout."""
 
+    row_separable: ClassVar[bool] = True
     wbits: int = 4
     """Bits per weight, 1 to 8."""
     groupsize: int = -1
@@ -59,6 +63,10 @@ class RTN(Quantizer):
             "exclude_layer_names."
         ]
 
+    def solve_cost(self, num_rows: int, in_features: int) -> float:
+        """The search is all that takes time."""
+        return float(num_rows * in_features * (SEARCH_COST if self.mse else 100))
+
     def quantize_layer(
         self,
         module: nn.Module,
@@ -71,6 +79,11 @@ class RTN(Quantizer):
         name = self.module_to_name.get(module, "the layer")
         if problems := self.layer_problems(name, in_features, out_features):
             raise LayerError(name, problems[0])
+        cuts = even_cuts(out_features, row_tile(weight.device, in_features))
+        return RTNResult.join([self._quantize_rows(weight[a:b]) for a, b in cuts])
+
+    def _quantize_rows(self, weight: Float[Tensor, "out in"]) -> RTNResult:
+        out_features, in_features = weight.shape
         size = in_features if self.groupsize == -1 else self.groupsize
         groups = weight.T.reshape(-1, size, out_features)
         search = GridSearch(self.grid, self.norm, stride=4) if self.mse else None

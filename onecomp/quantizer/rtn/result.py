@@ -23,6 +23,10 @@ class RTNResult(QuantizationResult):
     zero: Tensor | None = None
     """Zero points, float16 with whole values ``(out, groups)``, CPU."""
 
+    def row_dims(self) -> dict[str, int]:
+        """Rows come first everywhere."""
+        return {**super().row_dims(), "quantized_weight": 0, "scale": 0, "zero": 0}
+
     def dequantize(self, device: torch.device | str | None = None) -> Float[Tensor, "out in"]:
         """Weight in float32 on ``device``, from the codes."""
         codes = self.quantized_weight.to(device).float()

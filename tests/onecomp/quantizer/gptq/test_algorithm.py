@@ -210,12 +210,23 @@ def test_importance_is_given_in_the_layers_own_order():
     assert changed.nonzero().flatten().tolist() == [int(plain.group_of_column[5])]
 
 
-def test_the_arguments_stay_as_they_are():
-    weight, hessian = draw(6, 48), correlated_hessian(48)
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("actorder", [False, True])
+def test_the_arguments_stay_as_they_are(rows, actorder):
+    weight, hessian = draw(rows, 48), correlated_hessian(48)
     kept = weight.clone(), hessian.clone()
-    solve(weight, hessian, GridRule(4, 16, sym=True), actorder=True)
+    solve(weight, hessian, GridRule(4, 16, sym=True), actorder=actorder)
     assert torch.equal(weight, kept[0])
     assert torch.equal(hessian, kept[1])
+
+
+def test_a_solution_takes_part_in_training():
+    """The solver computes in inference mode; what it returns is used outside of it."""
+    solution = solve(draw(6, 48), correlated_hessian(48), GridRule(4, 16, sym=True))
+    scale = torch.ones((), requires_grad=True)
+    (scale * solution.columns()).sum().backward()
+    (scale * solution.codes).sum().backward()
+    assert scale.grad is not None
 
 
 def test_split_and_join_are_inverse():

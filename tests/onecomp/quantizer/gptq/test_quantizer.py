@@ -273,12 +273,14 @@ def test_an_indefinite_hessian_is_rounded_to_nearest_and_says_so(
 def test_rows_that_rounding_serves_better_are_rounded_and_counted():
     """Damping a hundred times the Hessian's own size makes GPTQ solve another problem."""
     weight = draw(200, 32)
-    hessian = GroupStatistics.of(correlated(200, 32), None).hessian()
-    factors = HessianFactors(hessian)
-    result = GPTQ(wbits=2, percdamp=100.0).quantize_weights({"layer": weight}, factors)["layer"]
+    statistics = GroupStatistics.of(correlated(200, 32), None)
+    hessian = statistics.hessian()
+    results, [fallback] = quantize_group(
+        GPTQ(wbits=2, percdamp=100.0), {"layer": weight}, statistics, None
+    )
+    result = results["layer"]
     steps = (weight / result.scales.float()).round() + result.qzeros.float()
     nearest = steps.clamp(0, 3).int()
-    [fallback] = factors.fallbacks
     [replaced] = re.findall(r"^round to nearest: (\d+) of 200 rows$", fallback)
     assert 0 < int(replaced) <= (result.qweight == nearest).all(dim=1).sum() < 200
 

@@ -1,0 +1,161 @@
+"""Numbered pieces: the rows of an input group's layers, cut so that any worker may solve any piece.
+
+The cut follows from the layers' shapes and the tile alone, and one worker solves the same pieces as
+many do. So the bits do not depend on who solves what.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+from onecomp.qep.config import QEPConfig
+from onecomp.quantizer.base import Quantizer
+
+LEAST_ROWS = 100
+"""No layer is cut finer: products of a handful of rows have other bits, and are slow."""
+CPU_TILE = (512, 2048)
+CPU_TILE_WEIGHTS = 1 << 23
+"""Weights of a piece, within these bounds of its rows. A column costs some calls of kernels, which
+take as long as its work on 60 to 250 rows: wider layers need fewer rows to outweigh them."""
+CUDA_TILE = 4096
+"""There the calls weigh more."""
+FACTOR_COST = 1.5
+"""Of ``in ** 3``, measured: a Cholesky factor and its inverse run slower than a product."""
+EDGE = 16
+"""Edges are multiples of this many rows, as vectors of the processor are."""
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows ``start`` to ``stop - 1`` of a layer that has ``out_features`` of them."""
+
+    layer_name: str
+    start: int
+    stop: int
+    out_features: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all rows of the layer."""
+        return len(self) == self.out_features
+
+    def __str__(self) -> str:
+        if self.is_whole:
+            return "its weight"
+        return f"rows {self.start} to {self.stop - 1} of its weight"
+
+
+@dataclass(frozen=True)
+class RowPiece:
+    """Rows of a group that are quantized in one go, of one or several layers."""
+
+    index: int
+    count: int
+    """Pieces that the group has."""
+    in_features: int
+    ranges: tuple[RowRange, ...]
+    """At most one of each layer."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all ranges."""
+        return sum(len(rows) for rows in self.ranges)
+
+    def share(self, layer_name: str) -> float:
+        """Fraction of the piece's rows that are this layer's."""
+        return sum(len(r) for r in self.ranges if r.layer_name == layer_name) / self.num_rows
+
+    def rows_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This piece's rows of whole weights, as views."""
+        return {r.layer_name: weights[r.layer_name][r.start : r.stop] for r in self.ranges}
+
+
+def row_tile(device: torch.device | str, in_features: int) -> int:
+    """Most rows that are solved at once, by the kind of device.
+
+    >>> [row_tile("cpu", size) for size in (576, 8192, 28672)]
+    [2048, 1024, 512]
+    """
+    if torch.device(device).type == "cuda":
+        return CUDA_TILE
+    least, most = CPU_TILE
+    return min(max(CPU_TILE_WEIGHTS // in_features, least), most)
+
+
+def even_cuts(num_rows: int, tile: int) -> list[tuple[int, int]]:
+    """Cut rows into as few even runs as the tile allows, none under 100 rows but a whole.
+
+    >>> even_cuts(960, 512)
+    [(0, 480), (480, 960)]
+    >>> even_cuts(150, 16)
+    [(0, 150)]
+    """
+    count = max(1, min(-(-num_rows // tile), num_rows // (LEAST_ROWS + EDGE)))
+    edges = [num_rows * i // count // EDGE * EDGE for i in range(count)]
+    return list(pairwise([*edges, num_rows]))
+
+
+def row_pieces(
+    quantizer: Quantizer, out_features: Mapping[str, int], in_features: int, tile: int
+) -> list[RowPiece]:
+    """The pieces of an input group; a single one for methods whose rows are not independent.
+
+    Args:
+        quantizer: Says whether rows are independent, and which layers may share a piece.
+        out_features: Rows of each layer by full name, in the order of the group.
+        in_features: Columns of all of them.
+        tile: Most rows of a piece, give or take 16, see ``row_tile``.
+    """
+    if quantizer.row_separable:
+        names = sorted(out_features, key=quantizer.piece_key)
+        stacks = [list(alike) for _, alike in groupby(names, key=quantizer.piece_key)]
+    else:
+        stacks, tile = [list(out_features)], max(1, sum(out_features.values()))
+    cut = [
+        ranges
+        for stack in stacks
+        for ranges in _cut({name: out_features[name] for name in stack}, tile)
+    ]
+    return [RowPiece(i, len(cut), in_features, ranges) for i, ranges in enumerate(cut)]
+
+
+def prepare_cost(quantizer: Quantizer, in_features: int, qep: QEPConfig | None) -> float:
+    """Multiplications that take as long as making the factors of a group, as ``piece_cost``."""
+    dampings = set(quantizer.dampings())
+    if qep is not None and quantizer.flag_hessian:
+        dampings.add(qep.percdamp)
+    return len(dampings) * FACTOR_COST * in_features**3
+
+
+def piece_cost(quantizer: Quantizer, piece: RowPiece, qep: QEPConfig | None) -> float:
+    """Multiplications of a product that take as long as correcting and solving a piece on a CPU.
+
+    A core makes some 5e10 of them a second.
+    """
+    names = [rows.layer_name for rows in piece.ranges]
+    corrected = quantizer.flag_hessian and qep is not None and any(map(qep.corrects, names))
+    correction = 3.0 * piece.num_rows * piece.in_features**2 if corrected else 0.0
+    return correction + quantizer.solve_cost(piece.num_rows, piece.in_features)
+
+
+def _cut(out_features: Mapping[str, int], tile: int) -> list[tuple[RowRange, ...]]:
+    """Cut layers that lie on top of each other."""
+    ends, total = {}, 0
+    for name, rows in out_features.items():
+        total += rows
+        ends[name] = total
+    pieces = []
+    for start, stop in even_cuts(total, tile):
+        ranges = [
+            RowRange(name, max(start - end + rows, 0), min(stop - end + rows, rows), rows)
+            for (name, rows), end in zip(out_features.items(), ends.values(), strict=True)
+            if end - rows < stop and start < end
+        ]
+        pieces.append(tuple(ranges))
+    return pieces
