@@ -3,22 +3,21 @@
 import copy
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from upath import UPath
 
 from onecomp.calibration import CalibrationSamples, prepare_calibration_samples
 from onecomp.calibration.config import SELF
 from onecomp.calibration.shards import cut_shards
+from onecomp.crew import Patience
 from onecomp.errors import InputError
 from onecomp.executor import Executor
-from onecomp.export.checkpoint import CONFIG
-from onecomp.export.install import (
-    install_checkpoint,
-    require_apart,
-    require_directory,
-    require_no_checkpoint,
-)
+from onecomp.export.install import install_checkpoint
 from onecomp.export.save import CheckpointWriter, has_format
 from onecomp.job import (
     QuantizationJob,
@@ -27,18 +26,20 @@ from onecomp.job import (
     log_coverage,
     require_same_identity,
 )
+from onecomp.lease import LeaseLostError, require_free
 from onecomp.log import format_duration
 from onecomp.models import (
     ModelLayout,
-    ModelSource,
     Skeleton,
     require_known_tokens,
     require_positions,
     require_stored_tensors,
 )
 from onecomp.pipeline import quantize_model
+from onecomp.places import find_run, found_run_id, has_checkpoint_in_place, require_places
 from onecomp.progress import Progress
 from onecomp.quantizer import QuantizationResult, Quantizer
+from onecomp.storage import AnyPath, open_path
 from onecomp.store import RUN_FILE, RunDirectory
 from onecomp.worker import WorkerSettings
 
@@ -51,10 +52,11 @@ class Session:
 
     job: QuantizationJob
     run: RunDirectory
+    """With the ``run_id`` that was found in it."""
     skeleton: Skeleton
     layout: ModelLayout
     samples: CalibrationSamples | None
-    output: Path | None
+    output: AnyPath | None
     """Where the checkpoint goes; None keeps results only."""
     begin_anew: bool
     """Whether what an earlier run left in the directory is set aside when the work starts."""
@@ -67,9 +69,9 @@ class Session:
     def open(
         cls,
         job: QuantizationJob,
-        run_dir: Path,
+        run_dir: str | Path | UPath,
         *,
-        output: Path | None = None,
+        output: str | Path | UPath | None = None,
         overwrite: bool = False,
         samples: CalibrationSamples | None = None,
         evaluation_text: str | None = None,
@@ -78,7 +80,7 @@ class Session:
 
         Args:
             job: What to make.
-            run_dir: New, or begun by the same job.
+            run_dir: New, or begun by the same job; a local path or a URL, as ``output``.
             output: New checkpoint directory.
             overwrite: Begin anew in a run directory that exists, and replace the checkpoint.
             samples: Calibration tokens; None makes them as the job says.
@@ -87,8 +89,9 @@ class Session:
         Raises:
             UserError: The first thing that does not fit; nothing was changed.
         """
-        run, output = RunDirectory(_absolute(run_dir)), output and _absolute(output)
-        _require_places(run, output, job.model_config.source, may_replace=overwrite)
+        run, output = find_run(run_dir), None if output is None else open_path(output)
+        require_free(run.path)
+        require_places(run, output, job.model_config.source, may_replace=overwrite)
         skeleton = _checked_skeleton(job)
         layout = find_layers(job.quantizer, skeleton)
         samples = samples or _samples(job, skeleton)
@@ -96,36 +99,37 @@ class Session:
             require_known_tokens(skeleton.model, samples.input_ids)
         begin_anew = overwrite or not run.exists
         if not begin_anew:
-            require_same_identity(run_dir, run.record(), job.record(samples))
+            require_same_identity(run.path, run.record(), job.record(samples))
         return cls(
             job, run, skeleton, layout, samples, output, begin_anew, overwrite, evaluation_text
         )
 
     @classmethod
-    def reopen(cls, run_dir: Path) -> "Session":
+    def reopen(cls, run_dir: str | Path | UPath) -> "Session":
         """The session of an interrupted run, from its directory alone.
 
         Raises:
-            InputError: No run, or a model that changed since.
+            InputError: No run, one that a driver works on, or a model that changed since.
         """
-        run = RunDirectory(_absolute(run_dir))
+        run = find_run(run_dir)
         record = run.record()
+        require_free(run.path)
         try:
             job = QuantizationJob.from_record(record)
-            output = None if record["output"] is None else Path(record["output"])
+            output = None if record["output"] is None else open_path(record["output"])
             may_replace, evaluation_text = record["overwrite"], record["evaluation_text"]
         except (KeyError, TypeError) as error:
             raise InputError(
                 run.path / RUN_FILE,
                 f"does not describe a run of this version ({error!r}). Begin anew elsewhere.",
             ) from error
-        if not _has_checkpoint_in_place(run, output):
-            _require_places(run, output, job.model_config.source, may_replace=may_replace)
+        if not has_checkpoint_in_place(run, output):
+            require_places(run, output, job.model_config.source, may_replace=may_replace)
         skeleton = _checked_skeleton(job)
         samples = run.samples()
         now = job.record(samples)
         if changed := differences(record, now):
-            raise InputError(run_dir, f"its inputs changed since it began ({'; '.join(changed)}).")
+            raise InputError(run.path, f"its inputs changed since it began ({'; '.join(changed)}).")
         for key in ("versions", "device"):
             if record[key] != now[key]:
                 logger.warning(
@@ -142,32 +146,56 @@ class Session:
     @property
     def is_finished(self) -> bool:
         """Whether every block is quantized and the checkpoint is in its place."""
-        if self.begin_anew or not all(
-            self.run.has_block(block.index) for block in self.layout.blocks
-        ):
+        finished = self.run.block_files()
+        if self.begin_anew or not all(block.index in finished for block in self.layout.blocks):
             return False
-        return _has_checkpoint_in_place(self.run, self.output)
+        return has_checkpoint_in_place(self.run, self.output)
 
-    def quantize(self, executor: Executor, *, report_progress: bool = True) -> None:
+    def quantize(
+        self,
+        executor: Executor,
+        *,
+        report_progress: bool = True,
+        patience: Patience | None = None,
+    ) -> None:
         """Quantize every block that is not finished, and put the checkpoint in its place.
 
         Args:
             executor: Where the work runs; its owner stops it.
             report_progress: A bar on a terminal, a log line per block elsewhere.
+            patience: When to give up on workers that are lost or hang.
         """
+        with self.run.lease() as held:
+            run = self._begin(held)
+            with _end_noted(run):
+                self._quantize(run, executor, report_progress, patience)
+
+    def _quantize(
+        self,
+        run: RunDirectory,
+        executor: Executor,
+        report_progress: bool,
+        patience: Patience | None,
+    ) -> None:
+        """``quantize`` in a directory that is this driver's alone."""
         started = time.monotonic()
-        self._begin()
-        blocks = self.layout.blocks
-        reused = sum(self.run.has_block(block.index) for block in blocks)
+        blocks, finished = self.layout.blocks, run.block_files()
+        reused = sum(block.index in finished for block in blocks)
         if reused:
             logger.info("%d of %d blocks are finished already", reused, len(blocks))
         shards = [] if self.samples is None else cut_shards(self.samples, self.job.num_shards)
+        run.append(
+            "started", blocks=len(blocks), finished=reused, workers=executor.num_workers,
+            executor=executor.describe(),
+        )  # fmt: skip
         with Progress(len(blocks), reused, silent=not report_progress) as progress:
-            quantize_model(self._settings(len(shards)), shards, executor, progress)
+            settings = self._settings(run, len(shards))
+            quantize_model(settings, shards, executor, progress, patience)
+        run.require_lease()
         if self.output is not None:
             self._finish_checkpoint()
-        self.run.drop_replaced()
-        self.run.append(
+        run.drop_replaced()
+        run.append(
             "finished",
             seconds=time.monotonic() - started,
             driver_bytes=executor.driver_bytes,
@@ -177,10 +205,15 @@ class Session:
             "quantized %d layers in %s, mean output error %s",
             len(self.layout.layer_names),
             format_duration(time.monotonic() - started),
-            self.run.mean_output_error(),
+            run.mean_output_error(),
         )
 
-    def _begin(self) -> None:
+    def _begin(self, run: RunDirectory) -> RunDirectory:
+        """Write what is being made; the directory as workers are to find it."""
+        if found_run_id(run) != self.run.run_id:
+            raise InputError(
+                run.path, "was changed by another driver since this one looked at it. Try again."
+            )
         log_coverage(self.skeleton, self.layout)
         if self.output is not None and not has_format(self.job.quantizer):
             logger.warning(
@@ -188,16 +221,20 @@ class Session:
                 self.job.quantizer.name,
             )
         if self.begin_anew:
-            self.run.set_aside()
+            run.set_aside()
+        run_id = None if self.begin_anew else self.run.run_id
         record = self.job.record(self.samples)
-        record["created"] = self.run.created()
+        record["run_id"] = run_id or uuid.uuid4().hex
+        record["created"] = run.created()
         record["output"] = None if self.output is None else str(self.output)
         record["overwrite"] = self.may_replace
         record["evaluation_text"] = self.evaluation_text
-        self.run.begin(record, self.samples)
+        run.begin(record, self.samples)
+        run.repair_journal()
+        return replace(run, run_id=record["run_id"])
 
     def writer(
-        self, directory: Path, *, dequantized: bool, pack_weights: bool = True
+        self, directory: AnyPath, *, dequantized: bool, pack_weights: bool = True
     ) -> CheckpointWriter:
         """Writes this model's checkpoint to ``directory``."""
         return CheckpointWriter(directory, self.job.quantizer, dequantized, pack_weights)
@@ -211,7 +248,7 @@ class Session:
             writer.write_block(self.skeleton, index, of_block)
         writer.finish(self.skeleton, list(results))
 
-    def _settings(self, num_shards: int) -> WorkerSettings:
+    def _settings(self, run: RunDirectory, num_shards: int) -> WorkerSettings:
         return WorkerSettings(
             source=self.skeleton.source,
             dtype=self.skeleton.dtype,
@@ -220,7 +257,7 @@ class Session:
             quantizer=_without_state(self.job.quantizer),
             qep=self.job.qep,
             num_shards=num_shards,
-            run=self.run,
+            run=run,
             writer=None if self.output is None else self._output_writer(),
         )
 
@@ -230,6 +267,21 @@ class Session:
     def _finish_checkpoint(self) -> None:
         self._output_writer().finish(self.skeleton, self.layout.layer_names)
         install_checkpoint(self.run.checkpoint, self.output)
+
+
+@contextmanager
+def _end_noted(run: RunDirectory) -> Iterator[None]:
+    """Note in the journal why a driver ends before its run does."""
+    try:
+        yield
+    except LeaseLostError:  # nothing here is this driver's any more
+        raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        run.append("stopped", signal="SIGINT" if isinstance(stop, KeyboardInterrupt) else "SIGTERM")
+        raise
+    except Exception as error:
+        run.append("failed", error=str(error))
+        raise
 
 
 def _without_state(quantizer: Quantizer) -> Quantizer:
@@ -256,31 +308,3 @@ def _samples(job: QuantizationJob, skeleton: Skeleton) -> CalibrationSamples | N
     )
     tokenizer = job.model_config.load_tokenizer()
     return prepare_calibration_samples(job.calibration, tokenizer, job.model_config.load_model)
-
-
-def _absolute(path: Path) -> Path:
-    """The path as every process understands it, whatever its working directory."""
-    return path.expanduser().absolute()
-
-
-def _require_places(
-    run: RunDirectory, output: Path | None, source: ModelSource, *, may_replace: bool
-) -> None:
-    require_apart(output, run.path, source.directory)
-    require_directory(run.path)
-    if output is None:
-        return
-    require_directory(output)
-    if not may_replace and not _wrote_part_of(run, output):
-        require_no_checkpoint(output)
-
-
-def _has_checkpoint_in_place(run: RunDirectory, output: Path | None) -> bool:
-    return output is None or ((output / CONFIG).is_file() and not run.checkpoint.exists())
-
-
-def _wrote_part_of(run: RunDirectory, output: Path) -> bool:
-    """Whether the output holds what the run put there: all of it once, or some when it ended."""
-    if (output / CONFIG).exists() or not run.exists or run.record()["output"] != str(output):
-        return False
-    return run.checkpoint.is_dir() or bool(run.events("finished"))

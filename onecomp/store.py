@@ -5,55 +5,137 @@ RUN/
   calibration.safetensors     the calibration tokens
   blocks/00017.safetensors    results of block 17; present means finished
   checkpoint/                 the checkpoint as far as it is written
-  events.jsonl                one line per finished unit
+  events.jsonl                one line per finished unit; events/ on an object store
   report.html
+  lease-000001.json           the driver that works on it; absent means none does
   replaced/                   an earlier run that this one replaces, until this one is finished
 """
 
 import json
-import os
-import shutil
-import tempfile
-import time
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from onecomp.block_file import (
+    StoredResults,
+    read_block_file,
+    untold_events,
+    write_block_file,
+)
 from onecomp.calibration.samples import CalibrationSamples
 from onecomp.errors import InputError
+from onecomp.events import EVENTS, EVENTS_FILE, EventLog, open_event_log, read_events
 from onecomp.export.checkpoint import write_json, write_shard
+from onecomp.lease import (
+    TTL_S,
+    Holder,
+    LeaseLostError,
+    find_holder,
+    hold,
+    require_held,
+)
 from onecomp.quantizer.result import QuantizationResult
+from onecomp.storage import (
+    ONE_PROCESS,
+    AnyPath,
+    children,
+    local_file,
+    make_directory,
+    move_tree,
+    remove_tree,
+)
 
 RUN_FILE = "run.json"
-EVENTS_FILE = "events.jsonl"
 CALIBRATION_FILE = "calibration.safetensors"
 BLOCKS = "blocks"
 CHECKPOINT = "checkpoint"
-FILES = (RUN_FILE, CALIBRATION_FILE, BLOCKS, CHECKPOINT, EVENTS_FILE, "report.html")
+REPORT_FILE = "report.html"
+FILES = (RUN_FILE, CALIBRATION_FILE, BLOCKS, CHECKPOINT, EVENTS_FILE, EVENTS, REPORT_FILE)
 """What a run writes; the record first, as it makes a directory a run."""
 REPLACED = "replaced"
-SEPARATOR = "|"
-NARROW = {"int32": torch.uint8, "int64": torch.int32}
-"""Integer dtypes are stored narrower where every value fits."""
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A run's files; every method reads or writes them at once and keeps nothing."""
+    """A run's files; every method reads or writes them at once, but for events on object stores.
 
-    path: Path
+    It may be pickled: whoever receives it opens the storage by the path alone.
+    """
+
+    path: AnyPath
+    run_id: str | None = None
+    """Random name of the run that the directory must hold; None where any will do."""
+    owner: str | None = None
+    """Whose lease allows to write blocks; None asks for no lease."""
 
     @property
-    def checkpoint(self) -> Path:
+    def checkpoint(self) -> AnyPath:
         """Where the checkpoint is put together before it is moved to its place."""
         return self.path / CHECKPOINT
+
+    # Who may work on it
+
+    @contextmanager
+    def lease(self, ttl_s: float = TTL_S) -> Iterator["RunDirectory"]:
+        """Keep other drivers away while the body runs.
+
+        Args:
+            ttl_s: Seconds without a sign of life after which this driver counts as dead.
+
+        Yields:
+            The same directory; its ``require_lease`` tells whether it is still this driver's, and
+            its ``write_block`` refuses to write if not, in any process.
+
+        Raises:
+            InputError: Another driver works on it.
+        """
+        with hold(self.path, ttl_s) as lease:
+            held = replace(self, owner=lease.owner)
+            try:
+                yield held
+            finally:
+                with suppress(LeaseLostError):  # then nothing is written any more
+                    held.require_lease()
+                    held.flush()
+
+    def require_lease(self) -> None:
+        """Check that the directory is still that of the driver which holds the lease.
+
+        Raises:
+            LeaseLostError: Another driver has taken it over.
+        """
+        if self.owner is not None:
+            require_held(self.path, self.owner)
+
+    def holder(self) -> Holder | None:
+        """The driver that works on it, or did when it died."""
+        return find_holder(self.path)
+
+    def require_visible(self, who: str = "this process") -> None:
+        """Check that the driver's directory is seen here, and no other one of the same name.
+
+        Args:
+            who: Who looks, for the message.
+
+        Raises:
+            InputError: It is not.
+        """
+        place = f"{who} on {socket.gethostname()}"
+        remedy = "Give a --run-dir on storage that every node sees."
+        if not self.exists:
+            if not isinstance(self.path, Path) and self.path.protocol == ONE_PROCESS:
+                remedy = "memory:// is seen by one process: give --num-workers 0, or other storage."
+            raise InputError(self.path, f"is not seen by {place}. {remedy}")
+        if self.run_id is not None and self.record().get("run_id") != self.run_id:
+            raise InputError(
+                self.path, f"is another directory for {place} than for the driver. {remedy}"
+            )
 
     # Identity
 
@@ -68,26 +150,24 @@ class RunDirectory:
         If a still earlier run is kept there, that one stays and the later one is removed: it did
         not get to its end.
         """
-        keeps = (self.path / REPLACED).exists()
+        kept = self.path / REPLACED
+        keeps = kept.exists()
         for path in [self.path / name for name in FILES]:
             if not path.exists():
                 continue
-            if not keeps:
-                (self.path / REPLACED).mkdir(exist_ok=True)
-                path.rename(self.path / REPLACED / path.name)
-            elif path.is_dir():
-                shutil.rmtree(path)
+            if keeps:
+                remove_tree(path)
             else:
-                path.unlink()
+                make_directory(kept)
+                move_tree(path, kept / path.name)
 
     def drop_replaced(self) -> None:
         """Remove the run that this one replaces."""
-        if (self.path / REPLACED).exists():
-            shutil.rmtree(self.path / REPLACED)
+        remove_tree(self.path / REPLACED)
 
     def begin(self, record: Mapping[str, object], samples: CalibrationSamples | None) -> None:
         """Write what is being made."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
         if samples is not None:
             tokens = {"input_ids": samples.input_ids, "attention_mask": samples.attention_mask}
             write_shard(self.path, CALIBRATION_FILE, tokens)
@@ -121,7 +201,7 @@ class RunDirectory:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            with local_file(path) as local, safe_open(local, framework="pt") as file:
                 return CalibrationSamples(
                     file.get_tensor("input_ids"), file.get_tensor("attention_mask")
                 )
@@ -132,32 +212,38 @@ class RunDirectory:
 
     # Results
 
-    def block_path(self, block_index: int) -> Path:
+    def block_path(self, block_index: int) -> AnyPath:
         """File of one block's results."""
         return self.path / BLOCKS / f"{block_index:05d}.safetensors"
+
+    def block_files(self) -> dict[int, AnyPath]:
+        """Files of the finished blocks by their number, in order: one listing."""
+        files = [p for p in children(self.path / BLOCKS) if p.suffix == ".safetensors"]
+        return {int(path.stem): path for path in files if path.stem.isdecimal()}
 
     def has_block(self, block_index: int) -> bool:
         """Whether the block is finished."""
         return self.block_path(block_index).is_file()
 
-    def write_block(self, block_index: int, results: Mapping[str, QuantizationResult]) -> None:
-        """Store a block's results; the file appears complete or not at all."""
-        tensors = {
-            f"{name}{SEPARATOR}{key}": tensor
-            for name, result in results.items()
-            for key, tensor in result.tensors().items()
-        }
-        header = {
-            name: {
-                "type": type(result).__name__,
-                "values": result.values(),
-                "dtypes": {key: str(t.dtype)[6:] for key, t in result.tensors().items()},
-            }
-            for name, result in results.items()
-        }
-        path = self.block_path(block_index)
-        stored = {name: _narrow(tensor) for name, tensor in tensors.items()}
-        write_shard(path.parent, path.name, stored, {"results": json.dumps(header)})
+    def write_block(
+        self,
+        block_index: int,
+        results: Mapping[str, QuantizationResult],
+        journal: Sequence[Mapping[str, object]] = (),
+    ) -> None:
+        """Store a block's results; the file appears complete or not at all.
+
+        Args:
+            block_index: The block.
+            results: By layer name.
+            journal: The block's events, each with its kind as ``event``: ``repair_journal`` adds
+                them to the journal if the driver does not come to do it.
+
+        Raises:
+            LeaseLostError: Another driver has taken the directory over.
+        """
+        self.require_lease()
+        write_block_file(self.block_path(block_index), results, journal)
 
     def read_block(self, block_index: int) -> dict[str, QuantizationResult]:
         """A block's results by layer name, in the order in which they were written.
@@ -165,32 +251,44 @@ class RunDirectory:
         Raises:
             InputError: The file is damaged.
         """
-        with _opened(self.block_path(block_index)) as (file, header):
-            return {name: _restore(file, name, entry) for name, entry in header.items()}
+        return read_block_file(self.block_path(block_index))
 
-    def results(self) -> "StoredResults":
+    def results(self, keeps: object = None) -> StoredResults:
         """All results, read when asked for.
+
+        Args:
+            keeps: Stays alive as long as they do: whatever would take the directory with it.
 
         Raises:
             InputError: A file is damaged.
         """
-        return StoredResults(self)
+        return StoredResults(self.block_files(), keeps)
 
     # Events
 
     def append(self, event: str, **fields: object) -> None:
-        """Add one line to the journal, behind half a line that a killed run may have left."""
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n"
-        with (self.path / EVENTS_FILE).open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else "\n" + line
-            file.write(line.encode())
+        """Add one event to the journal; on an object store it may wait for the next ones."""
+        self._log.append(event, fields)
+
+    def flush(self) -> None:
+        """Write the events that wait."""
+        self._log.flush()
 
     def events(self, kind: str) -> list[dict]:
         """Events of one kind, in order."""
         events, _ = read_events(self.path / EVENTS_FILE)
         return [event for event in events if event.get("event") == kind]
+
+    def repair_journal(self) -> None:
+        """Add the events of blocks whose driver was killed before it wrote them.
+
+        Raises:
+            InputError: A block's file is damaged.
+        """
+        known, _ = read_events(self.path / EVENTS_FILE)
+        for event in untold_events(known, self.block_files()):
+            self.append(**event)
+        self.flush()
 
     def mean_output_error(self) -> str:
         """Mean of the blocks' output errors as the journal has them; a dash where none is known."""
@@ -198,100 +296,6 @@ class RunDirectory:
         errors = [error for error in blocks.values() if error is not None]
         return f"{sum(errors) / len(errors):.2e}" if errors else "-"
 
-
-def read_events(path: Path) -> tuple[list[dict], int]:
-    """Events of a journal in order, and the number of unreadable lines.
-
-    A run that is killed may leave half a line. At the end it is what any reader of a live run
-    sees; in the middle, where a resumed run went on, it is counted.
-    """
-    if not path.is_file():
-        return [], 0
-    *lines, last = path.read_bytes().split(b"\n")
-    events = [_parse_event(line) for line in lines if line.strip()]
-    readable = [event for event in [*events, _parse_event(last)] if event is not None]
-    return readable, events.count(None)
-
-
-def _parse_event(line: bytes) -> dict | None:
-    try:
-        event = json.loads(line)
-    except ValueError:  # includes undecodable bytes
-        return None
-    return event if isinstance(event, dict) else None
-
-
-class TemporaryPath:
-    """A new directory that is there as long as this object.
-
-    Args:
-        prefix: Beginning of its name.
-    """
-
-    def __init__(self, prefix: str):
-        self.path = Path(tempfile.mkdtemp(prefix=prefix))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
-class StoredResults(Mapping[str, QuantizationResult]):
-    """Results by layer name, read from the run directory one block at a time.
-
-    Args:
-        run: A finished run, or one as far as it is.
-        keeps: Stays alive as long as this does: whatever would take the directory with it.
-    """
-
-    def __init__(self, run: RunDirectory, keeps: object = None):
-        self._run, self._keeps = run, keeps
-        self._block_of = {
-            name: int(path.stem)
-            for path in sorted((run.path / BLOCKS).glob("*.safetensors"))
-            for name in _layer_names(path)
-        }
-        self._last: tuple[int, dict[str, QuantizationResult]] | None = None
-
-    def __getitem__(self, layer_name: str) -> QuantizationResult:
-        block_index = self._block_of[layer_name]
-        if self._last is None or self._last[0] != block_index:
-            self._last = block_index, self._run.read_block(block_index)
-        return self._last[1][layer_name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._block_of)
-
-    def __len__(self) -> int:
-        return len(self._block_of)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[safe_open, dict[str, dict]]]:
-    """A block's file and what its header says of every layer."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file, json.loads((file.metadata() or {})["results"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(
-            path, f"cannot be read ({error}). Delete it; resume makes the block again."
-        ) from error
-
-
-def _layer_names(path: Path) -> list[str]:
-    with _opened(path) as (_, header):
-        return list(header)
-
-
-def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:
-    tensors = {
-        key: file.get_tensor(f"{name}{SEPARATOR}{key}").to(getattr(torch, dtype))
-        for key, dtype in entry["dtypes"].items()
-    }
-    return QuantizationResult.restore(entry["type"], tensors, entry["values"])
-
-
-def _narrow(tensor: Tensor) -> Tensor:
-    narrow = NARROW.get(str(tensor.dtype)[6:])
-    if narrow is None or not tensor.numel():
-        return tensor
-    limits = torch.iinfo(narrow)
-    fits = limits.min <= tensor.min().item() and tensor.max().item() <= limits.max
-    return tensor.to(narrow) if fits else tensor
+    @cached_property
+    def _log(self) -> EventLog:
+        return open_event_log(self.path)

@@ -5,19 +5,18 @@ that has one is a finished checkpoint.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from onecomp.errors import InputError
+from onecomp.storage import AnyPath, make_directory, read_range, replacing
 
 SINGLE_SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,11 +32,13 @@ AUXILIARY_PATTERNS = (
     "merges.txt",
     "*.tiktoken",
 )
+METADATA = "__metadata__"
+"""Entry of a safetensors header that is no tensor."""
 PT_METADATA = {"format": "pt"}
 
 
 def write_shard(
-    directory: Path,
+    directory: AnyPath,
     shard_name: str,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] = PT_METADATA,
@@ -50,7 +51,7 @@ def write_shard(
         tensors: By full name; tied tensors under one name only.
         metadata: Texts of the file's header.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with replacing(directory / shard_name) as temporary:
         save_file(ready, temporary, metadata=dict(metadata))
@@ -58,28 +59,36 @@ def write_shard(
             _sort_metadata(temporary)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: AnyPath, value: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, with sorted keys."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the body ends without error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def read_header(path: AnyPath) -> dict[str, Any]:
+    """The header of a safetensors file as JSON; its tensors are not read.
+
+    Raises:
+        SafetensorError: The file is damaged.
+    """
+    length = int.from_bytes(read_range(path, 0, 8), "little")
+    size = path.stat().st_size
+    if not 0 < length <= size - 8:
+        raise SafetensorError(f"a header of {length} bytes in a file of {size}")
     try:
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+        header = json.loads(read_range(path, 8, 8 + length))
+    except ValueError as error:
+        raise SafetensorError(f"the header is no JSON: {error}") from error
+    tensors = [entry for name, entry in header.items() if name != METADATA]
+    end = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    if end != size:
+        raise SafetensorError(f"{size} bytes, where the header announces {end}")
+    return header
 
 
 def finish_checkpoint(
-    directory: Path,
+    directory: AnyPath,
     shard_names: Sequence[str],
     config: Mapping[str, Any],
     source_dir: Path | None = None,
@@ -98,7 +107,7 @@ def finish_checkpoint(
         config: Contents of ``config.json``, with its ``quantization_config``.
         source_dir: The original model; its auxiliary files that are still absent are copied,
             Python files only if ``config`` refers to them (``auto_map``).
-        tokenizer: The tokenizer to write.
+        tokenizer: The tokenizer to write; for a local directory only.
 
     Raises:
         InputError: ``directory`` has weights that would be loaded instead of the shards.
@@ -122,23 +131,14 @@ def _sort_metadata(path: Path) -> None:
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header[METADATA] = dict(sorted(header[METADATA].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         assert len(text) <= length, f"{path}: the header grew from {length} to {len(text)} bytes"
         file.seek(8)
         file.write(text.ljust(length))
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file's contents, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _refuse_other_weights(directory: Path, shard_names: Sequence[str]) -> None:
+def _refuse_other_weights(directory: AnyPath, shard_names: Sequence[str]) -> None:
     if SINGLE_SHARD not in shard_names and (directory / SINGLE_SHARD).exists():
         raise InputError(
             directory / SINGLE_SHARD,
@@ -146,18 +146,17 @@ def _refuse_other_weights(directory: Path, shard_names: Sequence[str]) -> None:
         )
 
 
-def _index(directory: Path, shard_names: Sequence[str]) -> dict[str, Any]:
+def _index(directory: AnyPath, shard_names: Sequence[str]) -> dict[str, Any]:
     weight_map, total_size = {}, 0
     for shard_name in sorted(shard_names):
-        path = directory / shard_name
-        with safe_open(path, framework="pt") as file:
-            weight_map |= dict.fromkeys(file.keys(), shard_name)
-        with path.open("rb") as file:
-            total_size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+        header = read_header(directory / shard_name)
+        tensors = [name for name in header if name != METADATA]
+        weight_map |= dict.fromkeys(tensors, shard_name)
+        total_size += max((header[name]["data_offsets"][1] for name in tensors), default=0)
     return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
 
 
-def _copy_auxiliary(source: Path, directory: Path, patterns: Sequence[str]) -> None:
+def _copy_auxiliary(source: Path, directory: AnyPath, patterns: Sequence[str]) -> None:
     for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
         target = directory / path.name
         if path.name == CONFIG or path.name.endswith(".index.json") or target.exists():

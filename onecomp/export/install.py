@@ -1,11 +1,19 @@
 """Putting a complete checkpoint in its place; what may be replaced, and what may not."""
 
 import os
-import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import CONFIG
+from onecomp.storage import (
+    AnyPath,
+    children,
+    make_directory,
+    move_file,
+    remove_tree,
+    require_writable,
+)
 
 READ_BY_LOADERS = (
     "*config.json",
@@ -24,13 +32,15 @@ READ_BY_LOADERS = (
 """Files of an older checkpoint that would be read with a newer one's; any other file stays."""
 
 
-def require_no_checkpoint(output: Path) -> None:
+def require_no_checkpoint(output: AnyPath) -> None:
     """Check that a directory holds no model.
 
     Raises:
         InputError: It does.
     """
-    if (output / CONFIG).exists() or any(output.glob("*.safetensors")):
+    if (output / CONFIG).exists() or any(
+        path.suffix == ".safetensors" for path in children(output)
+    ):
         raise InputError(
             output,
             "already holds a checkpoint. Give another directory; `onecomp quantize --overwrite` "
@@ -38,12 +48,15 @@ def require_no_checkpoint(output: Path) -> None:
         )
 
 
-def require_directory(path: Path) -> None:
+def require_directory(path: AnyPath) -> None:
     """Check that ``path`` is a directory that can be written, or can become one.
 
     Raises:
         InputError: It, or what it lies in, is a file or is closed to this user.
     """
+    if not isinstance(path, Path):
+        require_writable(path)
+        return
     found = next(parent for parent in (path, *path.parents) if parent.exists())
     if not found.is_dir():
         raise InputError(path, f"cannot be a directory: {found} is a file. Give another path.")
@@ -51,7 +64,7 @@ def require_directory(path: Path) -> None:
         raise InputError(path, f"cannot be written: {found} is closed to this user.")
 
 
-def require_apart(output: Path | None, run_dir: Path, model: Path) -> None:
+def require_apart(output: AnyPath | None, run_dir: AnyPath, model: Path) -> None:
     """Check that nothing is written where something else is read.
 
     Args:
@@ -62,28 +75,42 @@ def require_apart(output: Path | None, run_dir: Path, model: Path) -> None:
     Raises:
         InputError: Two of them are the same, or the first lies in the second.
     """
-    model = model.resolve()
     places = [("the run directory", run_dir)]
     places += [] if output is None else [("the output", output)]
     for what, place in places:
-        if place.resolve().is_relative_to(model):
-            raise InputError(place, f"{what} would lie in the model's own directory ({model}).")
-    if output is not None and output.resolve().is_relative_to(run_dir.resolve()):
+        if _lies_in(place, model):
+            raise InputError(
+                place, f"{what} would lie in the model's own directory ({model.resolve()})."
+            )
+    if output is not None and _lies_in(output, run_dir):
         raise InputError(output, f"the output would lie in the run directory ({run_dir}).")
 
 
-def install_checkpoint(staging: Path, output: Path) -> None:
+def _lies_in(inner: AnyPath, outer: AnyPath) -> bool:
+    if isinstance(inner, Path) and isinstance(outer, Path):
+        return inner.resolve().is_relative_to(outer.resolve())
+    if isinstance(inner, Path) or isinstance(outer, Path):
+        return False
+    return f"{inner}/".startswith(f"{outer}/")
+
+
+def install_checkpoint(staging: AnyPath, output: AnyPath) -> None:
     """Move a complete checkpoint to its place; files of an older one there are removed.
 
     Interrupted at any point, it leaves no ``config.json``, and can be repeated when ``staging``
     was completed again. Whatever a killed process left half-written in ``staging`` is not moved.
+    The two may lie in different stores.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     (output / CONFIG).unlink(missing_ok=True)
-    new = [path for path in staging.iterdir() if not path.name.startswith(".")]
-    old = {path for pattern in READ_BY_LOADERS for path in output.glob(pattern) if path.is_file()}
-    for path in old - {output / new_path.name for new_path in new}:
-        path.unlink()
-    for path in sorted(new, key=lambda path: (path.name == CONFIG, path.name)):
-        shutil.move(path, output / path.name)
-    shutil.rmtree(staging)
+    new = {path.name: path for path in children(staging) if not path.name.startswith(".")}
+    for path in children(output):
+        if path.name not in new and _is_read_by_loaders(path.name) and path.is_file():
+            path.unlink()
+    for name in sorted(new, key=lambda name: (name == CONFIG, name)):
+        move_file(new[name], output / name)
+    remove_tree(staging)
+
+
+def _is_read_by_loaders(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in READ_BY_LOADERS)

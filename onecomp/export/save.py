@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from onecomp.linalg import all_finite
 from onecomp.models.skeleton import Skeleton
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.result import QuantizationResult
+from onecomp.storage import AnyPath
 
 
 def has_format(quantizer: Quantizer) -> bool:
@@ -77,7 +77,7 @@ def _read(skeleton: Skeleton, names: Mapping[str, str]) -> dict[str, Tensor]:
 class CheckpointWriter:
     """Writes one shard for what lies outside the blocks, and one for each block."""
 
-    directory: Path
+    directory: AnyPath
     quantizer: Quantizer
     dequantized: bool
     """Store dequantized weights in the model's dtype instead of codes."""

@@ -1,5 +1,8 @@
 import json
+import pickle
 import re
+import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +10,9 @@ import torch
 from onecomp.calibration.samples import CalibrationSamples
 from onecomp.errors import InputError
 from onecomp.export import checkpoint
+from onecomp.lease import LeaseLostError
 from onecomp.quantizer import GPTQResult, QuantizationResult
+from onecomp.storage import open_path
 from onecomp.store import RunDirectory
 
 
@@ -137,3 +142,111 @@ def test_events_are_lines_in_the_order_of_their_coming(tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["block", "finished"]
     assert (lines[0]["block"], lines[0]["error"]) == (0, 0.5)
+
+
+def group(block: int, **fields: object) -> dict:
+    return {"event": "group", "block": block, "layers": {"q": {"error": 0.1 + 0.2}}, **fields}
+
+
+def test_lines_that_a_killed_driver_did_not_write_are_added_once(tmp_path):
+    run = RunDirectory(tmp_path)
+    journals = {
+        block: [group(block, group=0), group(block, group=1), {"event": "block", "block": block}]
+        for block in range(3)
+    }
+    for block, journal in journals.items():
+        run.write_block(block, {"layer": result()}, journal)
+    run.write_block(3, {"layer": result()})  # by a version that keeps none
+    for event in [*journals[1], journals[2][0]]:
+        run.append(**event)
+    for _ in range(2):
+        run.repair_journal()
+        told = [event for kind in ("group", "block") for event in run.events(kind)]
+        assert len(told) == 9
+        for event in (event for journal in journals.values() for event in journal):
+            assert sum(known.items() >= event.items() for known in told) == 1
+    assert_same(run.read_block(2)["layer"], result())
+
+
+def test_a_block_without_events_is_stored_as_it_always_was(tmp_path):
+    RunDirectory(tmp_path / "a").write_block(0, {"layer": result()})
+    RunDirectory(tmp_path / "b").write_block(0, {"layer": result()}, [])
+    first, second = (RunDirectory(tmp_path / name).block_path(0).read_bytes() for name in "ab")
+    assert first == second
+    assert b"journal" not in first[:1000]
+
+
+def test_finished_blocks_are_listed_in_order(tmp_path):
+    run = RunDirectory(tmp_path)
+    assert run.block_files() == {}
+    for block in (10, 2):
+        run.write_block(block, {"layer": result()})
+    (tmp_path / "blocks" / ".00003.safetensors.12.tmp").touch()
+    assert [*run.block_files()] == [2, 10]
+
+
+def test_a_worker_sees_whether_the_directory_is_the_drivers(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(
+        InputError, match=rf"run: is not seen by worker 3 on {socket.gethostname()}"
+    ):
+        run.require_visible("worker 3")
+    run.begin({"run_id": "one"}, None)
+    run.require_visible()
+    bound = replace(run, run_id="one")
+    bound.require_visible()
+    run.begin({"run_id": "two"}, None)
+    message = (
+        rf"is another directory for this process on {socket.gethostname()} than for the driver"
+    )
+    with pytest.raises(InputError, match=message):
+        bound.require_visible()
+
+
+def test_the_memory_of_another_process_is_named_as_what_it_is():
+    run = RunDirectory(open_path("memory://nobody-wrote-here/run"))
+    with pytest.raises(InputError, match="memory:// is seen by one process: give --num-workers 0"):
+        run.require_visible("worker 0")
+
+
+def test_a_driver_that_lost_its_lease_writes_no_block_from_any_process(tmp_path):
+    with RunDirectory(tmp_path).lease() as run:
+        travelled = pickle.loads(pickle.dumps(run))
+        travelled.write_block(0, {"layer": result()})
+        [lease] = tmp_path.glob("lease-*.json")
+        (tmp_path / "lease-000002.json").write_text(lease.read_text().replace(run.owner, "another"))
+        for holder in (run, travelled):
+            with pytest.raises(LeaseLostError, match="has taken it over while this driver"):
+                holder.write_block(1, {"layer": result()})
+    assert not RunDirectory(tmp_path).has_block(1)
+    assert [path.name for path in tmp_path.glob("lease-*.json")] == ["lease-000002.json"]
+
+
+def test_a_run_directory_travels_with_what_it_is_bound_to(s3):
+    with RunDirectory(s3 / "run").lease() as run:
+        bound = replace(run, run_id="one")
+        bound.append("group", block=0)
+        travelled = pickle.loads(pickle.dumps(bound))
+        assert travelled == bound
+        travelled.require_lease()
+        travelled.write_block(0, {"layer": result()})
+        assert_same(bound.read_block(0)["layer"], result())
+        assert_same(bound.results()["layer"], result())
+        assert bound.has_block(0)
+        assert not bound.has_block(1)
+
+
+def test_an_earlier_run_is_set_aside_and_dropped(s3, tmp_path):
+    for place in (tmp_path / "run", s3 / "run"):
+        run = RunDirectory(place)
+        for name in ("one", "two", "three"):
+            run.set_aside()
+            run.begin({"name": name}, None)
+            run.write_block(0, {name: result()})
+            run.append("block", block=0)
+        kept = RunDirectory(place / "replaced")
+        assert (kept.record(), list(kept.results())) == ({"name": "one"}, ["one"])
+        assert len(kept.events("block")) == len(run.events("block")) == 1
+        run.drop_replaced()
+        assert not (place / "replaced").exists()
+        assert list(run.results()) == ["three"]

@@ -10,7 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from onecomp.errors import InputError
-from onecomp.export.checkpoint import finish_checkpoint, replacing, write_json, write_shard
+from onecomp.export.checkpoint import finish_checkpoint, write_json, write_shard
+from onecomp.storage import replacing
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.tensor([1, -2], dtype=torch.int32)}
 
