@@ -32,13 +32,16 @@ class BlockProgress:
     quantize_s: float
     eta_s: float
     """Seconds to the end of the last block."""
+    workers: int | None = None
+    """Workers that the block was made by; None says nothing of them."""
 
     def __str__(self) -> str:
-        return (
+        line = (
             f"block {self.done:>3}/{self.total}  output_error {_error_text(self.output_error)}  "
             f"calibrate {self.calibrate_s:6.1f} s  quantize {self.quantize_s:6.1f} s  "
             f"eta {self.eta_s / 60:5.1f} min"
         )
+        return line if self.workers is None else f"{line}  {_workers_text(self.workers)}"
 
 
 class Progress:
@@ -70,7 +73,7 @@ class Progress:
         self._bar = _make_bar(sys.stderr if stream is None else stream, silent)
         self._level = logging.INFO if self._bar.disable and not silent else logging.DEBUG
         self._row = self._bar.add_task(
-            "blocks", total=total, completed=reused, error=_error_text(None), eta="-"
+            "blocks", total=total, completed=reused, error=_error_text(None), eta="-", workers=""
         )
 
     def __enter__(self) -> "Progress":
@@ -88,9 +91,20 @@ class Progress:
         self._since_s = self._clock()
 
     def finished_block(
-        self, output_error: float | None, calibrate_s: float, quantize_s: float
+        self,
+        output_error: float | None,
+        calibrate_s: float,
+        quantize_s: float,
+        workers: int | None = None,
     ) -> BlockProgress:
-        """Report one more block and return what was reported."""
+        """Report one more block and return what was reported.
+
+        Args:
+            output_error: Mean over the block's layers; None if not measured.
+            calibrate_s: Seconds of forward passes and sums.
+            quantize_s: Seconds of quantizing, per worker.
+            workers: Workers at the end of the block; None leaves them out.
+        """
         now_s = self._clock()
         self._work_s, self._since_s = self._work_s + now_s - self._since_s, now_s
         self.done += 1
@@ -101,6 +115,7 @@ class Progress:
             calibrate_s=calibrate_s,
             quantize_s=quantize_s,
             eta_s=self._eta_s(),
+            workers=workers,
         )
         logger.log(self._level, "%s", progress)
         self._bar.update(
@@ -108,6 +123,7 @@ class Progress:
             completed=self.done,
             error=_error_text(output_error),
             eta=format_duration(progress.eta_s),
+            workers="" if workers is None else _workers_text(workers),
         )
         return progress
 
@@ -122,10 +138,15 @@ def _make_bar(stream: TextStream, silent: bool) -> RichProgress:
         MofNCompleteColumn(),
         TextColumn("output_error {task.fields[error]}"),
         TextColumn("eta {task.fields[eta]}"),
+        TextColumn("{task.fields[workers]}"),
         console=Console(file=cast(IO[str], stream)),
         transient=True,
         disable=silent or not stream.isatty(),
     )
+
+
+def _workers_text(workers: int) -> str:
+    return f"workers {workers}"
 
 
 def _error_text(output_error: float | None) -> str:

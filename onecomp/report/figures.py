@@ -54,7 +54,7 @@ def error_heat_map(layers: Sequence[LayerRecord]) -> str | None:
     with mpl.rc_context({**STYLE, "svg.hashsalt": "heat"}):
         figure = Figure(figsize=(WIDTH_INCHES, 1.1 + 0.26 * len(kinds)), layout="constrained")
         _draw_heat_map(figure, grid, kinds, blocks)
-        return _svg(figure, "heat", "Relative output error by block and kind of layer")
+        return svg_text(figure, "heat", "Relative output error by block and kind of layer")
 
 
 def _draw_heat_map(figure: Figure, grid: np.ndarray, kinds: Sequence[str], blocks: range) -> None:
@@ -79,6 +79,38 @@ def _draw_heat_map(figure: Figure, grid: np.ndarray, kinds: Sequence[str], block
     bar.outline.set_visible(False)
 
 
+def bytes_bars(moved: dict[int, float], least: dict[int, float]) -> str | None:
+    """Bytes that workers sent each other for each block, as SVG; None where nothing was sent.
+
+    Args:
+        moved: By block.
+        least: The least that any plan sends, by block, as far as it is known.
+    """
+    if not any(moved.values()):
+        return None
+    unit, name = _bytes_unit(max([*moved.values(), *least.values()]))
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "bytes"}):
+        figure = Figure(figsize=(WIDTH_INCHES, 2.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.bar(list(moved), [value / unit for value in moved.values()], color=LINE, label="moved")
+        if least:
+            heights = [value / unit for value in least.values()]
+            axes.plot(
+                list(least), heights, linestyle="none", marker="_", markersize=7, color=INK,
+                markeredgewidth=1.5, label="least possible",
+            )  # fmt: skip
+            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
+        _style_block_axes(axes, f"{name} a block")
+        return svg_text(figure, "bytes", "Bytes moved between workers for each block")
+
+
+def _bytes_unit(largest: float) -> tuple[float, str]:
+    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if largest >= 1024**power:
+            return 1024.0**power, name
+    return 1.0, "bytes"
+
+
 def block_error_line(errors: dict[int, float]) -> str | None:
     """Output error of each block by its number, as SVG; None where there is nothing to draw."""
     points = {block: e for block, e in sorted(errors.items()) if e > 0 and np.isfinite(e)}
@@ -88,19 +120,19 @@ def block_error_line(errors: dict[int, float]) -> str | None:
         figure = Figure(figsize=(WIDTH_INCHES, 2.4), layout="constrained")
         axes = figure.add_subplot()
         axes.semilogy(list(points), list(points.values()), color=LINE, marker="o", markersize=3.5)
-        _style_line_axes(axes)
-        return _svg(figure, "line", "Output error of each block")
+        _style_block_axes(axes, "output error")
+        return svg_text(figure, "line", "Output error of each block")
 
 
-def _style_line_axes(axes: Axes) -> None:
+def _style_block_axes(axes: Axes, label: str) -> None:
     axes.set_xlabel("block")
-    axes.set_ylabel("output error")
+    axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y", which="both", color=INK, alpha=0.15, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _svg(figure: Figure, prefix: str, title: str) -> str:
+def svg_text(figure: Figure, prefix: str, title: str) -> str:
     """The figure's ``<svg>`` element; identifiers carry ``prefix``, for one page holds several."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

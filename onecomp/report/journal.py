@@ -2,14 +2,25 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from onecomp.errors import InputError
-from onecomp.store import EVENTS_FILE, RUN_FILE, read_events
+from onecomp.events import EVENTS_FILE, read_events
+from onecomp.history import (
+    Attempt,
+    JsonObject,
+    as_block,
+    as_list,
+    as_number,
+    as_object,
+    last_by_block,
+    last_groups,
+    split_attempts,
+)
+from onecomp.storage import AnyPath
 
-JsonObject = Mapping[str, object]
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +62,8 @@ class Journal:
     fallbacks: list[Fallback] = field(default_factory=list)
     blocks: dict[int, JsonObject] = field(default_factory=dict)
     """Block events by block."""
+    attempts: list[Attempt] = field(default_factory=list)
+    """What each driver wrote, one after the other."""
     evaluations: list[JsonObject] = field(default_factory=list)
     group_s: float = 0.0
     """Seconds that quantizing took, added up over input groups."""
@@ -60,7 +73,7 @@ class Journal:
     """Lines that are no JSON object, other than a last one cut short."""
 
 
-def read_journal(run_dir: Path) -> Journal:
+def read_journal(run_dir: AnyPath) -> Journal:
     """Read a run directory; where a resumed run repeats a unit, its last event counts.
 
     Raises:
@@ -68,7 +81,7 @@ def read_journal(run_dir: Path) -> Journal:
     """
     run = _read_run(run_dir / RUN_FILE)
     events, num_unreadable = read_events(run_dir / EVENTS_FILE)
-    groups = _last_of_each(events, "group")
+    groups = last_groups(events)
     finished = [event for event in events if event.get("event") == "finished"]
     evaluations = {
         (event.get("what"), event.get("text")): event
@@ -79,11 +92,8 @@ def read_journal(run_dir: Path) -> Journal:
         run=run,
         layers=list({layer.layer_name: layer for g in groups for layer in _layers(g)}.values()),
         fallbacks=[fallback for group in groups for fallback in _fallbacks(group)],
-        blocks={
-            block: event
-            for event in events
-            if event.get("event") == "block" and (block := as_block(event)) is not None
-        },
+        blocks=last_by_block(events, "block"),
+        attempts=split_attempts(events),
         evaluations=list(evaluations.values()),
         group_s=math.fsum(as_number(group.get("seconds")) or 0.0 for group in groups),
         finished=finished[-1] if finished else None,
@@ -91,19 +101,7 @@ def read_journal(run_dir: Path) -> Journal:
     )
 
 
-def as_number(value: object) -> float | None:
-    """A JSON number as float; None for anything else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else None
-
-
-def as_block(event: JsonObject) -> int | None:
-    """The event's block; None where it names none."""
-    number = as_number(event.get("block"))
-    return None if number is None else int(number)
-
-
-def _read_run(path: Path) -> JsonObject:
+def _read_run(path: AnyPath) -> JsonObject:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -120,19 +118,9 @@ def _read_run(path: Path) -> JsonObject:
     return run
 
 
-def _last_of_each(events: list[JsonObject], kind: str) -> list[JsonObject]:
-    """Events of one kind; of several for the same block and layers, the last."""
-    last = {
-        (as_block(event), tuple(_mapping(event.get("layers")))): event
-        for event in events
-        if event.get("event") == kind
-    }
-    return list(last.values())
-
-
 def _layers(group: JsonObject) -> Iterator[LayerRecord]:
-    for layer_name, errors in _mapping(group.get("layers")).items():
-        values = _mapping(errors)
+    for layer_name, errors in as_object(group.get("layers")).items():
+        values = as_object(errors)
         yield LayerRecord(
             layer_name=layer_name,
             block=as_block(group),
@@ -143,13 +131,8 @@ def _layers(group: JsonObject) -> Iterator[LayerRecord]:
 
 
 def _fallbacks(group: JsonObject) -> Iterator[Fallback]:
-    found = group.get("fallbacks")
-    for fallback in found if isinstance(found, list) else []:
+    for fallback in as_list(group.get("fallbacks")):
         text = fallback
         if isinstance(fallback, dict):
             text = ", ".join(f"{key}: {value}" for key, value in fallback.items())
         yield Fallback(block=as_block(group), text=str(text))
-
-
-def _mapping(value: object) -> JsonObject:
-    return value if isinstance(value, dict) else {}

@@ -1,30 +1,30 @@
 """One self-contained HTML page about a run, made from its run directory alone."""
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from statistics import fmean
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from onecomp.log import format_duration
+from onecomp.history import JsonObject, as_number
 from onecomp.report.figures import block_error_line, error_heat_map
-from onecomp.report.journal import Journal, JsonObject, LayerRecord, as_number, read_journal
+from onecomp.report.journal import Journal, LayerRecord, read_journal
+from onecomp.report.text import DASH, bytes_text, duration_text, error_text, number_text
+from onecomp.report.work import work_section
+from onecomp.storage import AnyPath, open_path, replacing
 
-DASH = "–"  # noqa: RUF001 - an en dash stands for what is not known
 NUM_WORST = 10
 HASH_ENDINGS = ("hash", "sha256", "digest")
 Rows = list[tuple[str, str]]
 
 
-def write_report(run_dir: Path, destination: Path | None = None) -> Path:
+def write_report(run_dir: str | AnyPath, destination: AnyPath | None = None) -> AnyPath:
     """Write the report of a run, finished or not.
 
     Args:
-        run_dir: Run directory with ``run.json`` and, once a unit is finished, ``events.jsonl``.
+        run_dir: Run directory, on any storage, with ``run.json`` and perhaps a journal.
         destination: File to write; None means ``report.html`` in ``run_dir``. Appears complete or
             not at all.
 
@@ -34,11 +34,11 @@ def write_report(run_dir: Path, destination: Path | None = None) -> Path:
     Raises:
         InputError: ``run_dir`` is not a run directory.
     """
-    journal = read_journal(run_dir)
+    run_dir = open_path(run_dir)
+    page = render_report(read_journal(run_dir))
     destination = run_dir / "report.html" if destination is None else destination
-    scratch = destination.with_name(f".{destination.name}.{os.getpid()}")
-    scratch.write_text(render_report(journal), encoding="utf-8")
-    scratch.replace(destination)
+    with replacing(destination) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return destination
 
 
@@ -50,11 +50,13 @@ def render_report(journal: Journal) -> str:
     environment.filters.update(number=number_text, error=error_text)
     template = resources.files("onecomp.report").joinpath("template.html.j2")
     settings, hashes = _split_hashes(journal.run)
+    work = work_section(journal)
     return environment.from_string(template.read_text(encoding="utf-8")).render(
         title=_model_name(journal.run),
         is_finished=journal.finished is not None,
         created=_text(journal.run.get("created")),
-        tiles=_tiles(journal),
+        tiles=[*_tiles(journal), *work.tiles],
+        work=work,
         heat_map=_markup(error_heat_map(journal.layers)),
         block_line=_markup(block_error_line(_block_errors(journal))),
         worst=worst_layers(journal.layers),
@@ -71,16 +73,6 @@ def worst_layers(layers: Sequence[LayerRecord], count: int = NUM_WORST) -> list[
     """The layers with the largest relative output error; one that is not a number is worst."""
     measured = [layer for layer in layers if layer.output_error is not None]
     return sorted(measured, key=_badness, reverse=True)[:count]
-
-
-def number_text(value: float | None, digits: int = 2) -> str:
-    """A number with ``digits`` decimals, or a dash."""
-    return DASH if value is None else f"{value:,.{digits}f}"
-
-
-def error_text(value: float | None) -> str:
-    """An error in three digits, or a dash."""
-    return DASH if value is None else f"{value:.2e}"
 
 
 def _badness(layer: LayerRecord) -> float:
@@ -116,7 +108,7 @@ def _tiles(journal: Journal) -> list[tuple[str, str, str]]:
         ("perplexity", *_perplexity_texts(journal.evaluations)),
         ("output error", error_text(fmean(errors) if errors else None), "mean of layers"),
         ("fallbacks", str(len(journal.fallbacks)), ""),
-        ("time", _duration_text(_total_s(journal)), ""),
+        ("time", duration_text(_total_s(journal)), ""),
     ]
 
 
@@ -151,7 +143,12 @@ def _block_seconds(journal: Journal) -> dict[int, float]:
 
 
 def _total_s(journal: Journal) -> float | None:
-    return None if journal.finished is None else as_number(journal.finished.get("seconds"))
+    """What the driver took that finished the run, and those before it until their last lines."""
+    last_s = None if journal.finished is None else as_number(journal.finished.get("seconds"))
+    if last_s is None:
+        return None
+    earlier = [attempt.times for attempt in journal.attempts[:-1]]
+    return last_s + math.fsum(end - begin for begin, end in earlier)
 
 
 def _times(journal: Journal) -> Rows:
@@ -160,12 +157,12 @@ def _times(journal: Journal) -> Rows:
     moved = [as_number(event.get("bytes_moved")) for event in journal.blocks.values()]
     moved_bytes = sum(value for value in moved if value is not None)
     return [
-        ("whole run", _duration_text(_total_s(journal))),
+        ("whole run", duration_text(_total_s(journal))),
         ("finished blocks", str(len(journal.blocks))),
         ("a block, mean", f"{fmean(seconds.values()):,.1f} s" if seconds else DASH),
         ("slowest block", DASH if slowest is None else f"{slowest} ({seconds[slowest]:,.1f} s)"),
-        ("quantizing, sum over input groups", _duration_text(journal.group_s or None)),
-        ("bytes moved", _bytes_text(moved_bytes) if any(moved) else DASH),
+        ("quantizing, sum over input groups", duration_text(journal.group_s or None)),
+        ("bytes moved", bytes_text(moved_bytes) if any(moved) else DASH),
     ]
 
 
@@ -190,15 +187,3 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _duration_text(seconds: float | None) -> str:
-    return DASH if seconds is None else format_duration(seconds)
-
-
-def _bytes_text(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"

@@ -36,6 +36,14 @@ def test_one_line_says_everything_with_units():
     )
 
 
+def test_the_number_of_workers_ends_the_line_where_it_is_known():
+    with Progress(2, stream=io.StringIO(), clock=FakeClock()) as progress:
+        without = str(finish(progress))
+        with_workers = str(progress.finished_block(3.41e-4, 2.1, 4.8, workers=8))
+    assert "workers" not in without
+    assert with_workers.endswith("eta   0.0 min  workers 8")
+
+
 def test_an_error_that_was_not_measured_is_a_dash_of_the_same_width():
     fields = {"done": 1, "total": 2, "calibrate_s": 0.0, "quantize_s": 1.0, "eta_s": 1.0}
     without = str(BlockProgress(output_error=None, **fields))
@@ -110,6 +118,16 @@ def test_a_terminal_gets_a_bar_and_no_log_lines(caplog, monkeypatch):
     assert "1/3" in drawn
     assert "output_error 3.41e-04" in drawn
     assert "eta 2m0s" in drawn
+    assert "workers" not in drawn
+
+
+def test_the_bar_counts_the_workers_where_they_are_known(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    with Progress(3, stream=stream, clock=FakeClock()) as progress:
+        progress.finished_block(3.41e-4, 2.1, 4.8, workers=8)
+    assert "workers 8" in stream.getvalue()
 
 
 def test_the_bar_goes_to_standard_error_by_default(capsys, monkeypatch):
