@@ -1,20 +1,24 @@
 """Connecting to a Ray cluster, or starting one on this machine for as long as it is needed."""
 
+import contextlib
 import logging
 import os
-import re
+import shutil
 import socket
+import tempfile
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import ray
+from ray._private import ray_constants
+from ray.exceptions import RayError
 
+from cluster.address import require_cluster, split_address
 from cluster.errors import ClusterError
 
-logger = logging.getLogger(__name__)
-
-CONNECT_SECONDS = 10
+TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 WORKER_ENVIRONMENT = {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 """Read-only tensors are shared through the object store instead of copied, twenty times faster."""
 ZERO_COPY_WARNING = "Zero-copy tensor serialization is enabled"
@@ -26,6 +30,10 @@ LOCAL_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # at the default of 15 anything else on the machine starves them
 }
 """For clusters that this process starts: nothing listens beyond this machine."""
+
+_lock = threading.Lock()
+_temporary_folders: list[str] = []
+"""Of the cluster that was started here, if any: its sockets, logs and spilled objects."""
 
 
 @dataclass(frozen=True)
@@ -39,67 +47,122 @@ class ClusterShape:
 
 def is_addressed(address: str | None) -> bool:
     """Whether a cluster is named: by argument, environment, or because this process is in one."""
-    return address is not None or "RAY_ADDRESS" in os.environ or ray.is_initialized()
+    return _named(address) is not None or ray.is_initialized()
 
 
 def connect(address: str | None, *, num_cpus: int) -> bool:
     """Connect to the cluster at ``address``; without one, start a cluster on this machine.
 
+    A process is in one cluster at most: a second call does nothing, from whichever thread. One that
+    is started here ends with the thread that started it, if not before.
+
     Args:
-        address: ``host:port``, ``ray://host:port`` or ``auto``; None uses ``RAY_ADDRESS``.
+        address: ``host:port`` of the head, ``auto`` for the one cluster with a node on this
+            machine, ``local`` for a new one; None uses ``RAY_ADDRESS``.
         num_cpus: Least number of CPUs of a cluster that is started here.
 
     Returns:
         Whether this call connected, so that the caller has to disconnect.
 
     Raises:
-        ClusterError: Nothing answers at the address.
+        ClusterError: No cluster that this process can join answers at the address, found out within
+            seconds; or the process already is in another one.
     """
     os.environ.update(WORKER_ENVIRONMENT)
     warnings.filterwarnings("ignore", message=ZERO_COPY_WARNING)
-    if ray.is_initialized():
-        return False
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        _start_here(num_cpus)
-        return True
-    _require_listener(address)
-    try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(
-            f"No Ray cluster of this version answers at {address!r} "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})."
-        ) from error
+    logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)  # it says that there is a token
+    with _lock:
+        if ray.is_initialized():
+            _require_same_cluster(address)
+            return False
+        address = _named(address)
+        if address is None:
+            _start_here(num_cpus)
+        else:
+            _join(require_cluster(address))
     return True
 
 
-def _require_listener(address: str) -> None:
-    """Check that something listens where the cluster should: Ray itself would try for minutes."""
-    place = re.fullmatch(r"(?:ray://)?(\[.+\]|[^:/]+):(\d+)", address)
-    if place is None:
+def _named(address: str | None) -> str | None:
+    """The address that counts: Ray too lets its variable decide what ``auto`` means."""
+    if address in (None, "", "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address
+    return None if address in ("", "local") else address
+
+
+def _require_same_cluster(address: str | None) -> None:
+    if address in (None, "", "auto", "local"):
         return
+    joined = ray.get_runtime_context().gcs_address
+    wanted, current = split_address(address), split_address(joined)
+    if wanted[1] != current[1] or _is_here(wanted[0]) != _is_here(current[0]):
+        raise ClusterError(
+            f"This process is already in the Ray cluster at {joined!r}, and cannot join the one at "
+            f"{address!r} as well. Leave out the address, or start another process."
+        )
+
+
+def _is_here(host: str) -> bool:
+    """Whether ``host`` is this machine: only then can a socket be bound to it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_connection((place[1].strip("[]"), int(place[2])), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ClusterError(f"Nothing listens at {address!r} ({error}).") from error
+        socket.create_server((host, 0), family=family).close()
+    except OSError:
+        return False
+    return True
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+        ray.shutdown()
+        raise ClusterError(
+            f"The Ray cluster at {address!r} cannot be joined "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Is its node on this machine "
+            "alive, and in the same container?"
+        ) from error
 
 
 def _start_here(num_cpus: int) -> None:
-    for name, value in LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=max(num_cpus, os.cpu_count() or 1),
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-    )
+    folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    _temporary_folders.append(folder)
+    with _loopback_only():
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+
+
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Give Ray's processes `LOCAL_ENVIRONMENT`, where the user has not set the variable.
+
+    Ray read the one that keeps it on the loopback device when it was imported; so what Ray made of
+    it is set as well, or the head would listen on every device of the machine.
+    """
+    before = {name: os.environ.get(name) for name in LOCAL_ENVIRONMENT}
+    is_cluster = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update({n: value for n, value in LOCAL_ENVIRONMENT.items() if before[n] is None})
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ[variable].lower() in ("1", "true")
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = is_cluster
+        for name in (name for name, value in before.items() if value is None):
+            del os.environ[name]
 
 
 def disconnect() -> None:
-    """Leave the cluster; one started here ends."""
+    """Leave the cluster; one started here ends, and its files go."""
     ray.shutdown()
+    while _temporary_folders:
+        shutil.rmtree(_temporary_folders.pop(), ignore_errors=True)
 
 
 def cluster_shape() -> ClusterShape:
