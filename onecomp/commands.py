@@ -2,26 +2,36 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 import typer
 
 from onecomp.calibration import CalibrationConfig
 from onecomp.console import FAILED, print_result
+from onecomp.crew import Patience
 from onecomp.errors import InputError
 from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
-from onecomp.executor import default_executor
+from onecomp.executor import Executor, WorkerCount, default_executor
+from onecomp.export.install import require_directory
 from onecomp.export.verify import verify_checkpoint
 from onecomp.job import QuantizationJob, default_groupsize
 from onecomp.models import ModelConfig, ModelSource, Skeleton, max_positions
+from onecomp.places import run_directory_of
+from onecomp.planning.hardware import load_table
+from onecomp.planning.model import PlannedModel
+from onecomp.planning.request import Place, Request
+from onecomp.planning.shapes import TextShape
+from onecomp.planning.summary import as_json_values, make_plan
+from onecomp.planning.table import as_text
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ, RTN, Quantizer
 from onecomp.report import write_report
 from onecomp.session import Session
+from onecomp.storage import AnyPath, local_directory, open_path
 from onecomp.store import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -62,15 +72,25 @@ class JobOptions:
         model_config = ModelConfig(
             self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
+        method = self.method(lambda: Skeleton.build(model_config.source, model_config.torch_dtype))
+        return QuantizationJob(model_config, method, self.calibration(), self.propagation(method))
+
+    def method(self, build: Callable[[], Skeleton]) -> Quantizer:
+        """The method; ``build`` gives the model that its group size has to fit, where it must."""
         method = self._method(-1 if self.groupsize is None else self.groupsize)
-        if self.groupsize is None:
-            skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
-            groupsize = default_groupsize(method, skeleton)
-            logger.info(
-                "groupsize %d: the largest of 128, 64, 32 that divides every layer", groupsize
-            )
-            method = self._method(groupsize)
-        calibration = CalibrationConfig(
+        if self.groupsize is not None:
+            return method
+        groupsize = default_groupsize(method, build())
+        logger.info("groupsize %d: the largest of 128, 64, 32 that divides every layer", groupsize)
+        return self._method(groupsize)
+
+    def propagation(self, method: Quantizer) -> QEPConfig | None:
+        """Error propagation, where it is wanted and the method knows Hessians."""
+        return QEPConfig() if self.qep and method.flag_hessian else None
+
+    def calibration(self) -> CalibrationConfig:
+        """The calibration text."""
+        return CalibrationConfig(
             self.calibration_dataset,
             self.max_length,
             self.num_calibration_samples,
@@ -78,8 +98,6 @@ class JobOptions:
             seed=self.seed,
             text_key=self.text_key,
         )
-        qep = QEPConfig() if self.qep and method.flag_hessian else None
-        return QuantizationJob(model_config, method, calibration, qep)
 
     def _method(self, groupsize: int) -> Quantizer:
         if self.quantizer == "rtn":
@@ -95,49 +113,105 @@ class JobOptions:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """The options that say where work runs and what it puts up with."""
+
+    num_workers: str | None
+    gpus_per_worker: float
+    address: str | None
+    unit_timeout: float
+    retries: int
+
+    def executor(self) -> Executor:
+        """The executor that they ask for."""
+        count = None if self.num_workers is None else WorkerCount.parse(self.num_workers)
+        return default_executor(
+            0 if count and not count.most else count,
+            address=self.address,
+            gpus_per_worker=self.gpus_per_worker,
+        )
+
+    def patience(self) -> Patience:
+        """When to give up."""
+        return Patience(self.unit_timeout, self.retries)
+
+
+Options = TypeVar("Options")
+
+
+def _given(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    """The options of one kind, out of all."""
+    return kind(**{field.name: options[field.name] for field in fields(kind)})
+
+
 def quantize(
-    output: Path,
-    run_dir: Path | None,
+    output: str,
+    run_dir: str | None,
     overwrite: bool,
     eval_text: str | None,
-    num_workers: int | None,
-    gpus_per_worker: float,
-    address: str | None,
-    **job_options: Any,
+    **options: Any,
 ) -> None:
-    """Quantize a model; options as in the command line, ``job_options`` as in ``JobOptions``."""
+    """Quantize a model; ``options`` as in ``JobOptions`` and ``WorkerOptions``."""
     session = Session.open(
-        JobOptions(**job_options).job(),
-        run_dir or output.with_name(output.name + ".run"),
+        _given(JobOptions, options).job(),
+        run_dir or run_directory_of(open_path(output)),
         output=output,
         overwrite=overwrite,
         evaluation_text=eval_text,
     )
-    _complete(session, num_workers, gpus_per_worker, address)
+    _complete(session, _given(WorkerOptions, options))
 
 
-def resume(run: Path, num_workers: int | None, gpus_per_worker: float, address: str | None) -> None:
-    """Do what an interrupted run has left to do."""
-    _complete(Session.reopen(run), num_workers, gpus_per_worker, address)
-
-
-def _complete(
-    session: Session, num_workers: int | None, gpus_per_worker: float, address: str | None
+def plan(
+    hardware: Path | None, with_probe: bool, as_json: bool, run_dir: Path | None, **options: Any
 ) -> None:
+    """Print what a run would need; options as in the command line."""
+    job = _given(JobOptions, options)
+    model = PlannedModel.open(job.model, job.dtype, trust_remote_code=job.trust_remote_code)
+    method, calibration = job.method(lambda: model.skeleton), job.calibration()
+    text = TextShape(calibration.num_calibration_samples, calibration.max_length)
+    request = Request(
+        model, method, text if method.flag_calibration else None, job.propagation(method)
+    )
+    place = Place(
+        num_workers=_planned_workers(options["num_workers"]),
+        gpus_per_worker=options["gpus_per_worker"],
+        gpu=options["gpu"],
+        table=load_table(hardware),
+        network_gbit=options["network"],
+        price_per_hour=options["price"],
+    )
+    found = make_plan(request, place, with_probe=with_probe, run_dir=run_dir)
+    print_result(json.dumps(as_json_values(found)) if as_json else as_text(found))
+
+
+def _planned_workers(num_workers: str | None) -> int | None:
+    """Workers to plan for: with MIN:MAX, the least, with which the run has to do at worst."""
+    return None if num_workers is None else WorkerCount.parse(num_workers).least
+
+
+def resume(run: str, **options: Any) -> None:
+    """Do what an interrupted run has left to do; ``options`` as in ``WorkerOptions``."""
+    _complete(Session.reopen(run), WorkerOptions(**options))
+
+
+def _complete(session: Session, workers: WorkerOptions) -> None:
     """Quantize, evaluate and report, as far as it is not done yet; print the checkpoint's place."""
     evaluations = _missing_evaluations(session)
     request = _evaluation_request(session) if evaluations else None
     is_finished = session.is_finished
     if not is_finished:
         _log_settings(session)
-        executor = default_executor(num_workers, address=address, gpus_per_worker=gpus_per_worker)
+        executor = workers.executor()
         logger.info("workers: %s", executor.describe())
         try:
-            session.quantize(executor)
+            session.quantize(executor, patience=workers.patience())
         finally:
             executor.stop()
     for what, directory in evaluations.items():
-        scores = evaluate_checkpoint(directory, request)
+        with local_directory(directory) as place:
+            scores = evaluate_checkpoint(place, request)
         session.run.append("evaluation", what=what, tokens=scores["num_tokens"], **scores)
         logger.info("perplexity of the %s model: %.4f", what, scores["perplexity"])
     if is_finished and not evaluations:
@@ -146,7 +220,8 @@ def _complete(
         logger.info("report: %s", write_report(session.run.path))
     if session.output is not None:
         print_result(str(session.output))
-        logger.info("load it with onecomp.load_quantized_model(%r)", str(session.output))
+        where = "" if isinstance(session.output, Path) else "download it and "
+        logger.info("%sload it with onecomp.load_quantized_model(%r)", where, str(session.output))
 
 
 def _evaluation_request(session: Session) -> PerplexityRequest:
@@ -158,11 +233,11 @@ def _evaluation_request(session: Session) -> PerplexityRequest:
     return request
 
 
-def _missing_evaluations(session: Session) -> Mapping[str, object]:
+def _missing_evaluations(session: Session) -> Mapping[str, AnyPath]:
     """Directories of the models that are to be evaluated and were not yet, by what they are."""
     if session.evaluation_text is None:
         return {}
-    wanted: dict[str, object] = {
+    wanted: dict[str, AnyPath] = {
         "original": session.job.model_config.source.directory,
         "quantized": session.output,
     }
@@ -206,10 +281,12 @@ def evaluate(
         )
 
 
-def verify(directory: Path, run_dir: Path | None, as_json: bool) -> None:
+def verify(directory: str, run_dir: str | None, as_json: bool) -> None:
     """Compare a checkpoint with what its run recorded; exit status 1 if anything differs."""
-    run = RunDirectory(run_dir or directory.with_name(directory.name + ".run"))
-    found = verify_checkpoint(directory, run, _original(run))
+    checkpoint = open_path(directory)
+    run = RunDirectory(open_path(run_dir) if run_dir else run_directory_of(checkpoint))
+    with local_directory(checkpoint) as place:
+        found = verify_checkpoint(place, run, _original(run))
     if as_json:
         print_result(json.dumps(asdict(found) | {"ok": not found.problems}))
     else:
@@ -251,7 +328,9 @@ def _original(run: RunDirectory) -> ModelSource | None:
     return source
 
 
-def report(run: Path) -> None:
+def report(run: str) -> None:
     """Write the report of a run and print where it is."""
-    RunDirectory(run).record()
-    print_result(str(write_report(run)))
+    path = open_path(run)
+    require_directory(path)
+    RunDirectory(path).record()
+    print_result(str(write_report(path)))

@@ -1,8 +1,8 @@
 """What every command of the command line shares: output, exit status, options from a file."""
 
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,38 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         from onecomp import commands  # noqa: PLC0415 - takes seconds, which --help need not wait
 
         options.pop("config", None)  # has become the defaults of the others
-        _Results.stream = sys.stdout
-        try:
-            with redirect_stdout(sys.stderr):
-                commands.quiet_libraries()
-                getattr(commands, function.__name__)(**options)
-        except OneCompError as error:
-            sys.stderr.write(f"error: {error}\n")
-            status = BAD_INPUT if isinstance(error, UserError) else FAILED
-            raise typer.Exit(status) from error
+        with _results_alone():
+            commands.quiet_libraries()
+            getattr(commands, function.__name__)(**options)
 
     return run
+
+
+def quick_command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function a command that answers without waiting for torch: its body is what it does.
+
+    Errors and standard output are as with ``command``.
+    """
+
+    @wraps(function)
+    def run(**options: object) -> None:
+        with _results_alone():
+            function(**options)
+
+    return run
+
+
+@contextmanager
+def _results_alone() -> Iterator[None]:
+    """Keep standard output for results; errors become one message and an exit status."""
+    _Results.stream = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except OneCompError as error:
+        sys.stderr.write(f"error: {error}\n")
+        status = BAD_INPUT if isinstance(error, UserError) else FAILED
+        raise typer.Exit(status) from error
 
 
 def read_options(context: Any, path: Path | None) -> Path | None:

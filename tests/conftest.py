@@ -20,7 +20,7 @@ from tiny_models import save_tiny_model
 
 from cluster.connect import ZERO_COPY_WARNING
 
-pytest_plugins = ["shared_cluster"]
+pytest_plugins = ["ray_head", "s3_server", "shared_cluster"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,1 @@
+"""What a run will need, from shapes alone: operations, memory, network, time and cost."""
