@@ -190,9 +190,12 @@ class RayExecutor(Executor):
         except ActorLostError as error:
             self._pool.remove(number)
             self._failed_starts += 1
-            if self._failed_starts > MOST_FAILED_STARTS:
+            if self._failed_starts <= MOST_FAILED_STARTS:
+                self._begin(self._pool.add())
+            elif self._workers or self._starting:
+                logger.warning("%d workers in a row did not start: %s", self._failed_starts, error)
+            else:
                 raise OneCompError(f"workers do not start: {error}") from error
-            self._begin(self._pool.add())
             return []
         except OneCompError as error:
             if len(self._workers) < self._count.least:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray.exceptions import RayError
 
 from cluster.address import require_cluster, split_address
@@ -69,6 +69,7 @@ def connect(address: str | None, *, num_cpus: int) -> bool:
             seconds; or the process already is in another one.
     """
     os.environ.update(WORKER_ENVIRONMENT)
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"  # whoever asks for a value learns why it failed
     warnings.filterwarnings("ignore", message=ZERO_COPY_WARNING)
     logging.getLogger(TOKEN_LOGGER).setLevel(logging.ERROR)  # it says that there is a token
     with _lock:
@@ -80,6 +81,9 @@ def connect(address: str | None, *, num_cpus: int) -> bool:
             _start_here(num_cpus)
         else:
             _join(require_cluster(address))
+        worker._worker_logs_enabled = (
+            False  # on standard output: we report losses
+        )
     return True
 
 
@@ -161,6 +165,7 @@ def _loopback_only() -> Iterator[None]:
 def disconnect() -> None:
     """Leave the cluster; one started here ends, and its files go."""
     ray.shutdown()
+    worker._worker_logs_enabled = True
     while _temporary_folders:
         shutil.rmtree(_temporary_folders.pop(), ignore_errors=True)
 

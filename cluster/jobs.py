@@ -35,12 +35,13 @@ STATUS_SECONDS = 0.5
 FAILED, STOPPED, KILLED = 1, 143, 128
 """Exit statuses where a job has none of its own; for signals as a shell has them."""
 
-QUIET_LOGGERS = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
-"""Ray's, at INFO by themselves; they tell of packages and sockets."""
+QUIET_LOGGERS = {
+    "ray.dashboard.modules.dashboard_sdk": logging.WARNING,
+    "ray.dashboard.modules.job.sdk": logging.WARNING,
+    "ray._private.runtime_env.packaging": logging.WARNING,
+    "ray._private.runtime_env.working_dir": logging.ERROR,
+}
+"""Ray's, which tell of packages, sockets and directories that are left out."""
 SERVER_ERRORS = (OSError, RuntimeError, ValueError, KeyError, RayError)
 """What Ray's client raises: of the connection, of a status other than 200, of a strange answer."""
 
@@ -65,8 +66,8 @@ class JobServer:
 
     def __init__(self, address: str):
         self.address = address.rstrip("/")
-        for name in QUIET_LOGGERS:
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for name, level in QUIET_LOGGERS.items():
+            logging.getLogger(name).setLevel(level)
         _require_answer(self.address)
         try:
             with _address_variable(self.address):

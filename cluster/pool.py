@@ -137,9 +137,8 @@ class ActorPool:
 
     def _loss(self, ref: ObjectRef, error: Exception) -> ActorLostError:
         call = self._calls.get(ref.hex(), "a call")
-        reason = str(error).strip()
         return ActorLostError(
-            self._culprit(error), call, reason, out_of_memory=was_out_of_memory(error)
+            self._culprit(error), call, _short(str(error)), out_of_memory=was_out_of_memory(error)
         )
 
     def _culprit(self, error: Exception) -> int:
@@ -165,6 +164,12 @@ class ActorPool:
         """End every actor at once."""
         for number in self.numbers:
             self.remove(number)
+
+
+def _short(reason: str) -> str:
+    """Ray's account of a loss without the actor's fields and without general advice."""
+    lines = [line.strip() for line in reason.splitlines() if not line.startswith("\t")]
+    return " ".join(lines).split(" Some common causes", 1)[0]
 
 
 def _size(value: object) -> int:

@@ -174,7 +174,7 @@ class Crew:
         if indices:
             taken = [self._shards[index] for index in indices]
             self._pending += self.carry(worker, Unit("hold"), *taken)
-            self.held[worker] += indices
+            self.held[worker] = sorted([*self.held[worker], *indices])
 
     # What was done
 
@@ -277,8 +277,6 @@ class Crew:
             WorkerError: Another loss meanwhile.
         """
         began = time.monotonic()
-        if not self.executor.survives_losses:
-            raise error
         block = self.first_unfinished
         self._failures.append(error)
         self.watch.forget()

@@ -233,11 +233,8 @@ def _require_dead(run_dir: AnyPath, holders: Mapping[int, Holder]) -> None:
     for holder in holders.values():
         if holder.is_alive:
             rest_s = max(1, math.ceil(holder.ttl_s - holder.silent_s))
-            raise InputError(
-                run_dir,
-                f"is in use by {holder}. Wait for it to end, or if it is dead, for {rest_s} s "
-                "until its lease runs out.",
-            )
+            wait = f"Wait for it to end, or if it is dead, for {rest_s} s until its lease runs out."
+            raise InputError(run_dir, f"is in use by {holder}. {wait}")
 
 
 def _lost_race(run_dir: AnyPath) -> InputError:

@@ -60,6 +60,8 @@ def quantize_model(
                 crew.recover(loss)
             _go_through(settings.layout, strategy, crew, progress)
         except WorkerError as error:
+            if not executor.survives_losses:
+                raise
             loss = error
         else:
             return

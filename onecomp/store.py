@@ -254,10 +254,7 @@ class RunDirectory:
         return read_block_file(self.block_path(block_index))
 
     def results(self, keeps: object = None) -> StoredResults:
-        """All results, read when asked for.
-
-        Args:
-            keeps: Stays alive as long as they do: whatever would take the directory with it.
+        """All results, read when asked for; they keep ``keeps`` alive.
 
         Raises:
             InputError: A file is damaged.

@@ -23,6 +23,7 @@ import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.core.generated.gcs_service_pb2 import GetAllNodeInfoRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
@@ -56,7 +57,7 @@ def in_own_process(
         function: Takes strings; imports of its module are made anew.
         seconds: After these the process is killed and the test fails.
         environment: On top of this process's variables.
-        prefix: Command line in front of Python's, such as `Namespaces.inside_head`.
+        prefix: Command line in front of Python's, such as `NamespacedNodes.on_head`.
 
     Returns:
         What it printed on standard output.
@@ -154,7 +155,7 @@ def started_head(*options: str, environment: Mapping[str, str] | None = None) ->
         stack.callback(_end_tree, process)
         address = f"127.0.0.1:{port}"
         token = (environment or {}).get("RAY_AUTH_TOKEN", "")
-        wait_until(lambda: has_node(address, token), START_SECONDS)
+        wait_until(lambda: num_nodes(address, token) == 1, START_SECONDS)
         yield address
 
 
@@ -169,15 +170,21 @@ def _end_tree(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def has_node(address: str, token: str = "") -> bool:
-    """Whether the cluster at ``address`` has got a node."""
+def num_nodes(address: str, token: str = "") -> int:
+    """How many nodes of the cluster at ``address`` are alive; 0 if it does not answer."""
     header = [("authorization", f"Bearer {token}")]
     with init_grpc_channel(address) as channel:
         ask = NodeInfoGcsServiceStub(channel).GetAllNodeInfo
         try:
-            return bool(ask(GetAllNodeInfoRequest(), timeout=1, metadata=header).node_info_list)
+            listed = ask(GetAllNodeInfoRequest(), timeout=1, metadata=header).node_info_list
         except grpc.RpcError:
-            return False
+            return 0
+    return sum(node.state == GcsNodeInfo.ALIVE for node in listed)
+
+
+def wait_for_nodes(address: str, count: str) -> None:
+    """Until so many are alive; takes strings, for `in_own_process`."""
+    wait_until(lambda: num_nodes(address) == int(count), START_SECONDS)
 
 
 def free_port() -> int:

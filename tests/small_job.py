@@ -1,4 +1,4 @@
-"""A small job that takes every path of the loop, and its bytes: shared by tests that compare them."""
+"""A small job that takes every path of the loop, and its bytes: shared by several tests."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

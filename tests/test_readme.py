@@ -23,7 +23,8 @@ LONGEST_README = 200
 
 def blocks(text: str, language: str) -> list[str]:
     """Fenced blocks of one language ("" for none)."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for named, block in found if named == language]
 
 
 def tree_paths(tree: str) -> Iterator[str]:

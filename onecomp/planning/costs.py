@@ -7,6 +7,7 @@ calls.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 from onecomp.errors import ConfigError
@@ -239,10 +240,9 @@ class UnitCosts:
 
     def num_contributions(self, group: InputGroup, num_groups: int) -> list[int]:
         """What each worker sends for the sums of a group, in contributions."""
-        runs = even_runs(self.text.num_shards, self.num_workers)
         if self.sends_rows(group, num_groups):
-            return [len(run) for run in runs]
-        return [tree_nodes(run, 0, self.text.num_shards) for run in runs]
+            return [len(run) for run in even_runs(self.text.num_shards, self.num_workers)]
+        return [*nodes_by_worker(self.text.num_shards, self.num_workers)]
 
     def num_received(self, group: InputGroup, num_groups: int) -> int:
         """Contributions that reach the owner of a group, its own included."""
@@ -278,6 +278,13 @@ def even_runs(num_shards: int, num_workers: int) -> list[range]:
     """
     edges = [num_shards * i // num_workers for i in range(num_workers + 1)]
     return [range(a, b) for a, b in pairwise(edges)]
+
+
+@cache
+def nodes_by_worker(num_shards: int, num_workers: int) -> tuple[int, ...]:
+    """Nodes of the summation tree that each of equal workers has when its own are added up."""
+    runs = even_runs(num_shards, num_workers)
+    return tuple(tree_nodes(run, 0, num_shards) for run in runs)
 
 
 def tree_nodes(held: range, first: int, last: int) -> int:

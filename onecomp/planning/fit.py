@@ -141,6 +141,8 @@ def remedies(
 ) -> list[str]:
     """Settings with which the run fits, one changed at a time, with what it needs then."""
     lacks = {shortage.needs for shortage in shortages(estimate, resources)}
+    if not lacks:
+        return []
     found = []
     for changes in _changes(estimate):
         for text, changed in changes:

@@ -233,7 +233,7 @@ def limits_of_growing_cluster(address: str) -> None:
 def test_limits_of_an_autoscaler_are_found(variables, tmp_path):
     path = tmp_path / "growing.yaml"
     file = yaml.safe_load(configuration(FAKE_PROVIDER.replace("HEAD", HEAD_ID)))
-    path.write_text(yaml.safe_dump({**dict.fromkeys(COMMANDS, []), **EMPTY, **file}))
+    path.write_text(yaml.safe_dump({**{key: [] for key in COMMANDS}, **EMPTY, **file}))
     with started_head(f"--autoscaling-config={path}", environment=variables) as address:
         in_own_process(limits_of_growing_cluster, address)
 

@@ -293,7 +293,10 @@ def test_models_that_cannot_be_read(model, small, tmp_path, damage):
         ({"--groupsize": -2}, "groupsize=-2: must be -1 "),
         ({"--groupsize": 48}, "groupsize=48 must divide in_features, but model.layers.0."),
         ({"--quantizer": "gtpq"}, "'gtpq' is not one of 'gptq', 'rtn'"),
-        ({"--num-workers": -1}, "num_workers='-1': must be N (0 for this process) or MIN:MAX, 1 or more."),
+        (
+            {"--num-workers": -1},
+            "num_workers='-1': must be N (0 for this process) or MIN:MAX, 1 or more.",
+        ),
         ({"--gpus-per-worker": -1}, "gpus_per_worker=-1: must be 0 or more."),
         ({"--address": "ray://head:10001"}, "names a cluster. Drop one."),
         ({"--dtype": "float8"}, "dtype='float8': must be one of"),

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from onecomp.planning.hardware import find_hardware, load_table
+from onecomp.planning.costs import UnitCosts
+from onecomp.planning.estimate import Estimate
+from onecomp.planning.methods import method_shape
 from onecomp.planning.model import PlannedModel
-from onecomp.planning.request import Place, Request, make_estimate
-from onecomp.planning.shapes import TextShape
+from onecomp.planning.request import Place
+from onecomp.planning.shapes import ModelShape, TextShape
 from onecomp.qep import QEPConfig
-from onecomp.quantizer import GPTQ
+from onecomp.quantizer import GPTQ, Quantizer
 
 LLAMA_405B = {
     "architectures": ["LlamaForCausalLM"],
@@ -99,7 +101,7 @@ def deepseek_v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def estimate_of() -> Callable:
     """``estimate_of(directory, gpu=..., num_workers=..., ...)``: a plan's estimate."""
-    opened: dict[Path, PlannedModel] = {}
+    known: dict[tuple[Path, str], ModelShape] = {}  # tracing a large model takes a second
 
     def estimate(
         directory: Path,
@@ -109,22 +111,24 @@ def estimate_of() -> Callable:
         samples: int = 128,
         length: int = 2048,
         qep: bool = True,
-        quantizer: object = None,
+        quantizer: Quantizer | None = None,
         price: float | None = None,
-    ):
-        if directory not in opened:
-            opened[directory] = PlannedModel.open(str(directory), "auto")
+    ) -> Estimate:
         method = quantizer or GPTQ(groupsize=32, mse=True, actorder=True, static_groups=True)
-        text = TextShape(samples, length) if method.flag_hessian else None
-        propagation = QEPConfig() if qep and method.flag_hessian else None
-        request = Request(opened[directory], method, text, propagation)
+        key = directory, method.name
+        if key not in known:
+            known[key] = PlannedModel.open(str(directory), "auto").shape(method)
         place = Place(num_workers, gpu=gpu, price_per_hour=price)
-        return make_estimate(request, place)
+        hardware = place.hardware()
+        number, settings = place.workers(hardware)
+        costs = UnitCosts(
+            known[key],
+            method_shape(method),
+            TextShape(samples, length) if method.flag_hessian else None,
+            QEPConfig() if qep and method.flag_hessian else None,
+            hardware,
+            number,
+        )
+        return Estimate(costs, settings)
 
     return estimate
-
-
-@pytest.fixture(scope="session")
-def cpu():
-    """The table's CPU."""
-    return find_hardware("cpu", load_table())

@@ -1,0 +1,223 @@
+"""Nodes are lost, drained, cut off or added during a run; its checkpoint stays the same.
+
+Every test has a cluster of its own, so its driver is a function that runs in a process of its own.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_namespaces import NEEDS_NAMESPACES, cut_network, namespaced_nodes
+from cluster_nodes import drain_node, in_own_process, kill_node, started_head, two_nodes
+from memory_limit import NEEDS_LIMITS, limit_process, memory_group
+from small_job import assert_same, make, settings, shards, small_skeleton
+from tiny_models import save_tiny_model
+
+from actors.executor import RayExecutor
+from cluster.connect import connect
+from onecomp.crew import Patience
+from onecomp.errors import GaveUpError
+from onecomp.executor import LocalExecutor, WorkerCount
+from onecomp.qep import QEPConfig
+from onecomp.store import RunDirectory
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SECONDS = 300
+HEAD_ID = "f" * 51 + "00000"
+"""What the node provider of Ray's own tests expects, see ``autoscaling``."""
+
+
+def model_directory(family: str = "llama", **options: object) -> Path:
+    """A small model; the fixture of the same purpose is the tests' process's."""
+    folder = Path(str(options.pop("folder")))
+    return save_tiny_model(family, folder / "model", **options)
+
+
+def quantize(folder: Path, executor: RayExecutor, num_layers: int = 6) -> list[dict]:
+    """One run on workers and one in this process, compared; the first one's journal."""
+    skeleton = small_skeleton(lambda *a, **o: model_directory(*a, folder=folder, **o), num_layers)
+    found = make(
+        settings(skeleton, QEPConfig(), folder / "run"),
+        executor,
+        shards(),
+        Patience(unit_timeout_s=120, retries=3),
+    )
+    expected = make(settings(skeleton, QEPConfig(), folder / "alone"), LocalExecutor(1), shards())
+    assert_same(found, expected)
+    return RunDirectory(folder / "run").events("worker")
+
+
+@contextmanager
+def after_blocks(run: Path, count: int, action: Callable[[], object]) -> Iterator[None]:
+    """Act, on another thread, as soon as so many blocks are finished."""
+    failed: list[BaseException] = []
+
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + SECONDS
+        while len(RunDirectory(run).events("block")) < count:
+            if time.monotonic() > deadline:
+                failed.append(AssertionError(f"{run} never had {count} blocks"))
+                return
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    yield
+    thread.join(SECONDS)
+    assert not failed, failed
+
+
+def changes(events: list[dict], change: str) -> list[dict]:
+    return [event for event in events if event["change"] == change]
+
+
+# A node is killed
+
+
+def lose_a_node(folder: str) -> None:
+    with two_nodes() as (ray_cluster, [_, node]):
+        executor = RayExecutor(2)
+        with after_blocks(Path(folder, "run"), 1, lambda: kill_node(ray_cluster, node)):
+            events = quantize(Path(folder), executor)
+    [lost] = changes(events, "lost")
+    assert lost["node"] == node.node_id
+
+
+def test_a_run_goes_on_when_a_node_is_killed(tmp_path):
+    in_own_process(lose_a_node, str(tmp_path), seconds=SECONDS)
+
+
+# A node is drained
+
+
+def drain_a_node(folder: str) -> None:
+    with two_nodes() as (ray_cluster, [_, node]):
+        executor = RayExecutor(2)
+        notice = lambda: drain_node(ray_cluster.address, node.node_id, 120)  # noqa: E731
+        with after_blocks(Path(folder, "run"), 1, notice):
+            events = quantize(Path(folder), executor, num_layers=16)
+    [left] = changes(events, "left")
+    assert left["node"] == node.node_id
+    assert not changes(events, "lost")
+    assert RunDirectory(Path(folder, "run")).events("recovery") == []
+
+
+def test_a_node_that_drains_hands_over_and_leaves_without_a_failure(tmp_path):
+    in_own_process(drain_a_node, str(tmp_path), seconds=SECONDS)
+
+
+# A node loses its network
+
+
+def lose_the_network(folder: str, address: str, other_space: str) -> None:
+    connect(address, num_cpus=1)
+    executor = RayExecutor(2)
+    with after_blocks(Path(folder, "run"), 1, lambda: cut_network(other_space)):
+        events = quantize(Path(folder), executor)
+    assert len({event["node"] for event in changes(events, "joined")}) == 2
+    assert len(changes(events, "lost")) == 1
+
+
+@NEEDS_NAMESPACES
+def test_a_run_goes_on_when_a_node_loses_its_network(tmp_path):
+    with namespaced_nodes() as both:
+        in_own_process(
+            lose_the_network, str(tmp_path), both.address, both.other_space,
+            prefix=both.on_head, seconds=SECONDS,
+        )  # fmt: skip
+
+
+# Nodes are added
+
+
+def autoscaling(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Options and variables of a head whose autoscaler starts nodes on this machine."""
+    trainer = {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000}
+    provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    config = {
+        "cluster_name": "grown",
+        "max_workers": 3,
+        "provider": {
+            "type": "external",
+            "module": provider,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,
+            "head_node_id": HEAD_ID,
+        },
+        "available_node_types": {
+            "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "trainer": {
+                "resources": trainer, "node_config": {}, "min_workers": 0, "max_workers": 3,
+            },
+        },
+        "head_node_type": "head",
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": 0.1,
+    }  # fmt: skip
+    empty = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray",
+             "worker_start_ray")  # fmt: skip
+    config |= {f"{name}_commands": [] for name in empty}
+    config |= {"docker": {}, "file_mounts": {}, "cluster_synced_files": [], "auth": {}}
+    config |= {"file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": []}
+    path = folder / "cluster.yaml"
+    path.write_text(yaml.safe_dump(config))
+    variables = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    return [f"--autoscaling-config={path}"], variables
+
+
+def grow(folder: str, address: str) -> None:
+    connect(address, num_cpus=1)
+    executor = RayExecutor(WorkerCount(1, 3))
+    assert executor.describe().startswith("1 to 3 Ray workers (1 GPU each)")
+    events = quantize(Path(folder), executor, num_layers=24)
+    joined = changes(events, "joined")
+    assert len({event["node"] for event in joined}) == len(joined) >= 2
+
+
+def test_a_run_starts_with_the_least_and_grows_as_nodes_come(tmp_path):
+    options, variables = autoscaling(tmp_path)
+    with started_head(*options, environment=variables) as address:
+        in_own_process(grow, str(tmp_path), address, seconds=SECONDS)
+
+
+# The system kills for memory
+
+
+def starve(folder: str, everyone: str) -> None:
+    """Workers may take next to no more memory from the first block on: the first, or all."""
+    over = threading.Event()
+    with memory_group(4 << 20) as group, two_nodes():
+        executor = RayExecutor(2)
+
+        def limit() -> None:
+            limited: list[int] = []
+            while not over.wait(0.05) and (everyone == "yes" or not limited):
+                joined = changes(RunDirectory(Path(folder, "run")).events("worker"), "joined")
+                for pid in [event["pid"] for event in joined if event["pid"] not in limited]:
+                    limited.append(pid)
+                    limit_process(group, pid)
+                    if everyone == "no":
+                        break
+
+        with after_blocks(Path(folder, "run"), 1, limit):
+            if everyone == "yes":
+                with pytest.raises(GaveUpError, match="They ran out of memory"):
+                    quantize(Path(folder), executor)
+            else:
+                assert len(changes(quantize(Path(folder), executor), "lost")) == 1
+            over.set()
+        executor.stop()
+
+
+@NEEDS_LIMITS
+@pytest.mark.parametrize("everyone", ["no", "yes"])
+def test_what_is_killed_for_memory_is_tried_once_more(tmp_path, everyone):
+    in_own_process(starve, str(tmp_path), everyone, seconds=SECONDS)
