@@ -4,13 +4,14 @@ Ray has no public question of this kind. These are the remote calls that it make
 a deadline: they have had this form since Ray 2.0, and carry versions, token and encryption.
 """
 
+import itertools
 import json
 import os
 import platform
 import re
 import socket
 import time
-from collections.abc import Iterable
+from typing import NamedTuple
 
 import grpc
 import psutil
@@ -39,15 +40,24 @@ TOKEN_VARIABLES = "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
 PORTS = "the port is that of `ray start --head`, 6379 by default; 8265 is the job server's"
 
 
-def require_cluster(address: str) -> str:
+class Joinable(NamedTuple):
+    """A cluster that this process can join.
+
+    Args:
+        address: ``host:port`` of its head.
+        node_host: Address by which its node on this machine is known to the others.
+    """
+
+    address: str
+    node_host: str
+
+
+def require_cluster(address: str) -> Joinable:
     """Check within seconds that this process can join the Ray cluster at ``address``.
 
     Args:
         address: ``host:port`` of the head, or ``auto`` for the one cluster that has a node on this
             machine.
-
-    Returns:
-        ``host:port`` of the head.
 
     Raises:
         ClusterError: There is none, it is another version's, it asks for a token that this process
@@ -59,16 +69,11 @@ def require_cluster(address: str) -> str:
     host, port = split_address(address)
     _require_listener(address, host, port)
     try:
-        _ask(address)
+        with init_grpc_channel(address) as channel:
+            _require_version(address, channel)
+            return Joinable(address, _node_here(address, channel))
     except AuthenticationError as error:
         raise ClusterError(_unreadable_token(address, error)) from error
-    return address
-
-
-def _ask(address: str) -> None:
-    with init_grpc_channel(address) as channel:
-        _require_version(address, channel)
-        _require_node_here(address, channel)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -148,9 +153,16 @@ def _comparable(versions: tuple[str, str]) -> tuple[str, ...]:
     return ray_version, *python_version.split(".")[: 2 if level == "minor" else 3]
 
 
-def _require_node_here(address: str, channel: grpc.Channel) -> None:
+def _node_here(address: str, channel: grpc.Channel) -> str:
+    """Address of the cluster's node on this machine; Ray looks for one in the same way."""
     deadline = time.monotonic() + NODE_SECONDS
-    while not _runs_here(_alive_nodes(address, channel)):
+    while True:
+        hosts = _alive_nodes(address, channel)
+        lines = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+        for part in itertools.chain.from_iterable(lines):
+            node_id = part.removeprefix("--node_id=")
+            if node_id in hosts:
+                return hosts[node_id]
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"The cluster at {address!r} has no node on this machine, and the driver has to "
@@ -159,20 +171,15 @@ def _require_node_here(address: str, channel: grpc.Channel) -> None:
         time.sleep(0.5)
 
 
-def _alive_nodes(address: str, channel: grpc.Channel) -> list[str]:
+def _alive_nodes(address: str, channel: grpc.Channel) -> dict[str, str]:
+    """Addresses of nodes by their ids, in hexadecimal."""
     stub = NodeInfoGcsServiceStub(channel)
     try:
         reply = stub.GetAllNodeInfo(GetAllNodeInfoRequest(), timeout=ANSWER_SECONDS)
     except grpc.RpcError as error:
         raise ClusterError(_refusal(address, error)) from error
-    return [n.node_id.hex() for n in reply.node_info_list if n.state == GcsNodeInfo.ALIVE]
-
-
-def _runs_here(node_ids: Iterable[str]) -> bool:
-    """Whether a process of this machine belongs to one of the nodes; Ray looks the same way."""
-    ids = set(node_ids)
-    lines = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
-    return any(part.removeprefix("--node_id=") in ids for line in lines for part in line)
+    alive = [node for node in reply.node_info_list if node.state == GcsNodeInfo.ALIVE]
+    return {node.node_id.hex(): node.node_manager_address for node in alive}
 
 
 def _refusal(address: str, error: grpc.RpcError) -> str:

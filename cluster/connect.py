@@ -15,7 +15,7 @@ import ray
 from ray._private import ray_constants, worker
 from ray.exceptions import RayError
 
-from cluster.address import require_cluster, split_address
+from cluster.address import Joinable, require_cluster, split_address
 from cluster.errors import ClusterError
 
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
@@ -30,6 +30,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # at the default of 15 anything else on the machine starves them
 }
 """For clusters that this process starts: nothing listens beyond this machine."""
+
+LOOPBACK = ("127.0.0.1", "::1")
 
 _lock = threading.Lock()
 _temporary_folders: list[str] = []
@@ -81,9 +83,7 @@ def connect(address: str | None, *, num_cpus: int) -> bool:
             _start_here(num_cpus)
         else:
             _join(require_cluster(address))
-        worker._worker_logs_enabled = (
-            False  # on standard output: we report losses
-        )
+        worker._worker_logs_enabled = False  # on standard output: we report losses
     return True
 
 
@@ -116,50 +116,61 @@ def _is_here(host: str) -> bool:
     return True
 
 
-def _join(address: str) -> None:
-    try:
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-        ray.shutdown()
-        raise ClusterError(
-            f"The Ray cluster at {address!r} cannot be joined "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Is its node on this machine "
-            "alive, and in the same container?"
-        ) from error
+def _join(found: Joinable) -> None:
+    with _node_on_loopback(found.node_host in LOOPBACK):
+        try:
+            ray.init(address=found.address, logging_level=logging.WARNING, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+            ray.shutdown()
+            raise ClusterError(
+                f"The Ray cluster at {found.address!r} cannot be joined "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). Is its node on this "
+                "machine alive, and in the same container?"
+            ) from error
 
 
 def _start_here(num_cpus: int) -> None:
     folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
     _temporary_folders.append(folder)
-    with _loopback_only():
-        ray.init(
-            address="local",
-            num_cpus=max(num_cpus, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            _temp_dir=folder,
-        )
+    with _local_environment():
+        variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+        with _node_on_loopback(os.environ[variable].lower() not in ("1", "true")):
+            ray.init(
+                address="local",
+                num_cpus=max(num_cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                _temp_dir=folder,
+            )
 
 
 @contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Give Ray's processes `LOCAL_ENVIRONMENT`, where the user has not set the variable.
-
-    Ray read the one that keeps it on the loopback device when it was imported; so what Ray made of
-    it is set as well, or the head would listen on every device of the machine.
-    """
-    before = {name: os.environ.get(name) for name in LOCAL_ENVIRONMENT}
-    is_cluster = ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update({n: value for n, value in LOCAL_ENVIRONMENT.items() if before[n] is None})
-    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ[variable].lower() in ("1", "true")
+def _local_environment() -> Iterator[None]:
+    """Give Ray's processes `LOCAL_ENVIRONMENT`, where the user has not set the variable."""
+    added = {n: value for n, value in LOCAL_ENVIRONMENT.items() if n not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = is_cluster
-        for name in (name for name, value in before.items() if value is None):
+        for name in added:
             del os.environ[name]
+
+
+@contextlib.contextmanager
+def _node_on_loopback(is_on_loopback: bool) -> Iterator[None]:
+    """Let Ray take the loopback device for this machine's address, or the network for it.
+
+    Ray reads the variable for it when it is imported, which is too early: so what it made of it is
+    set here. Else a head that is started here would listen on every device of the machine, and one
+    that listens on the loopback device only would be looked for on the network, for minutes.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = not is_on_loopback
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def disconnect() -> None:

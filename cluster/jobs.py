@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,8 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.errors import ClusterError
+
+logger = logging.getLogger(__name__)
 
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 ANSWER_SECONDS = 5
@@ -31,6 +33,8 @@ STOP_SECONDS = 30
 SILENCE_SECONDS = 60
 """A log that says nothing for so long may have lost its connection, and is asked for again."""
 RECONNECT_SECONDS = 120
+START_SECONDS = 20
+"""A head that has just been started breaks connections off for a while."""
 STATUS_SECONDS = 0.5
 FAILED, STOPPED, KILLED = 1, 143, 128
 """Exit statuses where a job has none of its own; for signals as a shell has them."""
@@ -44,6 +48,10 @@ QUIET_LOGGERS = {
 """Ray's, which tell of packages, sockets and directories that are left out."""
 SERVER_ERRORS = (OSError, RuntimeError, ValueError, KeyError, RayError)
 """What Ray's client raises: of the connection, of a status other than 200, of a strange answer."""
+
+
+class _SilentError(Exception):
+    """A log said nothing for a while."""
 
 
 class JobEnd(NamedTuple):
@@ -103,14 +111,29 @@ class JobServer:
         if working_dir is not None:
             require_small(working_dir)
             runtime_env["working_dir"] = str(working_dir)
+        give_up_at = time.monotonic() + START_SECONDS
         try:
-            self._client.submit_job(
-                entrypoint=shlex.join(command), submission_id=job_id, runtime_env=runtime_env
-            )
+            while not self._start(job_id, shlex.join(command), runtime_env):
+                if time.monotonic() > give_up_at:
+                    raise ClusterError(f"The job server at {self.address} breaks off, try again.")
+                time.sleep(STATUS_SECONDS)
         except SERVER_ERRORS as error:
             raise ClusterError(
                 f"The job server at {self.address} refuses the job ({_first_line(error)})."
             ) from error
+
+    def _start(self, job_id: str, entrypoint: str, runtime_env: dict) -> bool:
+        """Whether the job started; not if the connection broke before the server knew of it."""
+        try:
+            self._client.submit_job(
+                entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env
+            )
+        except OSError as error:
+            logger.info("the connection to %s broke: %s", self.address, _first_line(error))
+            with suppress(OSError):
+                return job_id in {job.submission_id for job in self._client.list_jobs()}
+            return False
+        return True
 
     def follow(self, job_id: str, write_line: Callable[[str], None]) -> JobEnd:
         """Hand every line of a job's log to ``write_line`` as it comes; wait for the job's end.
@@ -135,8 +158,8 @@ class JobServer:
                             num_written = position
                 if end := job_end(self._client.get_job_info(job_id)):
                     return end
-            except TimeoutError:
-                heard_at = time.monotonic()  # silent, but connected; a dead one fails below
+            except _SilentError:
+                heard_at = time.monotonic()  # connected until now; if not, the next try fails
             except (aiohttp.ClientError, *SERVER_ERRORS) as error:
                 if time.monotonic() - heard_at > RECONNECT_SECONDS:
                     raise ClusterError(
@@ -250,7 +273,7 @@ async def _lines(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
     """Complete lines of a text that comes in pieces; the last may lack its end.
 
     Raises:
-        TimeoutError: Nothing came for a while.
+        _SilentError: Nothing came for a while.
     """
     rest = ""
     while True:
@@ -259,7 +282,7 @@ async def _lines(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
         except StopAsyncIteration:
             break
         except asyncio.TimeoutError as error:  # another class before Python 3.11
-            raise TimeoutError from error
+            raise _SilentError from error
         *lines, rest = (rest + piece).split("\n")
         for line in lines:
             yield line

@@ -12,13 +12,13 @@ import typer
 
 from onecomp.calibration import CalibrationConfig
 from onecomp.console import FAILED, print_result
-from onecomp.crew import Patience
 from onecomp.errors import InputError
 from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
 from onecomp.executor import Executor, WorkerCount, default_executor
 from onecomp.export.install import require_directory
 from onecomp.export.verify import verify_checkpoint
 from onecomp.job import QuantizationJob, default_groupsize
+from onecomp.losses import Patience
 from onecomp.models import ModelConfig, ModelSource, Skeleton, max_positions
 from onecomp.places import run_directory_of
 from onecomp.planning.hardware import load_table

@@ -5,11 +5,13 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from onecomp.calibration.shards import CalibrationShard
-from onecomp.errors import GaveUpError, WorkerError
+from onecomp.errors import WorkerError
 from onecomp.executor import Call, Executor, Ref
 from onecomp.jobs import group_pieces
+from onecomp.losses import Losses, Patience
 from onecomp.models.layout import BlockLayout, InputGroup
 from onecomp.schedule import (
     assign_shards,
@@ -24,16 +26,6 @@ from onecomp.watch import FinishedUnit, Unit, Watch
 from onecomp.worker import Worker, WorkerSettings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How much a run puts up with before it ends."""
-
-    unit_timeout_s: float = 600.0
-    """Seconds that a call may take, or 20 times the longest of its kind so far."""
-    retries: int = 5
-    """Losses in a row without a block finished between them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class Crew:
         shards: Sequence[CalibrationShard],
         patience: Patience,
     ):
-        self.executor, self.settings, self.patience = executor, settings, patience
+        self.executor, self.settings = executor, settings
         self.run: RunDirectory = settings.run
         self.watch = Watch(executor, patience.unit_timeout_s)
         self.speeds = MeasuredSpeeds()
@@ -73,9 +65,7 @@ class Crew:
         """Blocks whose results are stored, as far as the driver knows."""
         self._pending: list[Ref] = []
         self._last: dict[int, Ref] = {}
-        self._failures: list[WorkerError] = []
-        self._lost: list[int] = []
-        """Workers that were lost since a block was finished."""
+        self._losses = Losses(executor, patience, str(self.run.path))
         self._leaving: set[int] = set()
         self._position = 0
         """Block in front of which the shards are when all calls are done."""
@@ -88,7 +78,6 @@ class Crew:
         self.members = list(executor.workers)
         self.held: dict[int, list[int]] = {worker: [] for worker in self.members}
         self._note_workers("joined", self.members)
-        self._device_type = str(executor.fetch(executor.submit(self.members[0], "device_type"))[0])
         even = dict.fromkeys(self.members, 1.0)
         for worker, run in assign_shards(len(shards), even).items():
             self._hold(worker, run)
@@ -145,6 +134,11 @@ class Crew:
             return 1
         return len(group_pieces(settings.quantizer, group, self._device_type))
 
+    @cached_property
+    def _device_type(self) -> str:
+        [device_type] = self.watch.fetch(self.anyone(Unit("device_type")).values)
+        return str(device_type)
+
     def begin_block(self, block: BlockLayout) -> None:
         """Have the shards' passes through a block started."""
         unit = Unit("begin_block", block.index)
@@ -185,8 +179,7 @@ class Crew:
             Units that have ended since the last block.
         """
         self.finished.add(block_index)
-        self._failures.clear()
-        self._lost.clear()
+        self._losses.forget()
         units = self.watch.finished()
         tokens = {w: sum(self._tokens[s] for s in held) for w, held in self.held.items()}
         self.speeds.learn(units, tokens)
@@ -278,14 +271,14 @@ class Crew:
         """
         began = time.monotonic()
         block = self.first_unfinished
-        self._failures.append(error)
+        self._losses.note(error)
         self.watch.forget()
         self._pending.clear()
         self._last.clear()
         must_go = (error.hangs or error.out_of_memory) and error.worker in self.members
         lost = [self._dismiss(error.worker, error)] if must_go else []
         positions = self._roll_call(block, error, lost)
-        self._require_patience()
+        self._losses.require_patience(block)
         if not self.members:
             logger.warning("no worker is left: waiting for others to come")
             self._welcome(self.executor.recruit(wait=True))
@@ -318,48 +311,11 @@ class Crew:
         self.executor.dismiss(worker)
         self._forget(worker)
         self._leaving.discard(worker)
-        self._lost.append(worker)
-        logger.warning("%s (%s)", error, self._where(worker))
+        self._losses.note_worker(worker)
+        logger.warning("%s (%s)", error, self._losses.where(worker))
         self._note_workers("lost", [worker], doing=error.doing, reason=error.reason)
         self.executor.meter("onecomp_workers_lost", 1, run=self.run.path.name)
         return worker
-
-    def _where(self, worker: int) -> str:
-        place = self.executor.place(worker)
-        return f"{place.host}, process {place.pid}"
-
-    def _require_patience(self) -> None:
-        """Give up after too many losses at one block, or two for memory.
-
-        Raises:
-            GaveUpError: With what to change.
-        """
-        if self._ran_out_of_memory():
-            remedy = (
-                "They ran out of memory. Lower --num-calibration-samples or --max-length, take "
-                "--no-qep, more workers, or more memory for each; with more workers or memory, "
-                f"`onecomp resume {self.run.path}` goes on at this block."
-            )
-        elif len(self._failures) > self.patience.retries:
-            remedy = f"`onecomp resume {self.run.path}` goes on at this block."
-        else:
-            return
-        last = self._lost[-1] if self._lost else None
-        raise GaveUpError(
-            self.first_unfinished,
-            len(self._failures),
-            str(self._failures[-1]),
-            "every worker answers" if last is None else self._where(last),
-            [] if last is None else self.executor.last_words(last),
-            remedy,
-        )
-
-    def _ran_out_of_memory(self) -> bool:
-        """Whether that is what happened twice since the last block."""
-        known = sum(failure.out_of_memory for failure in self._failures)
-        if len(self._failures) < 2 or known > 1:
-            return known > 1
-        return sum(map(self.executor.ran_out_of_memory, self._lost)) > 1
 
     def _reassign(self, positions: Mapping[int, int], block: int) -> int:
         """Have lost shards taken by others and carried to the block; their number."""

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from onecomp.calibration.shards import CalibrationShard
-from onecomp.crew import Crew, Lap, Patience
+from onecomp.crew import Crew, Lap
 from onecomp.errors import WorkerError
 from onecomp.executor import Call, Executor, Ref
 from onecomp.jobs import GroupReceipt, block_events
+from onecomp.losses import Patience
 from onecomp.models.layout import BlockLayout, InputGroup, ModelLayout
 from onecomp.progress import Progress
 from onecomp.schedule import (

@@ -14,7 +14,6 @@ from upath import UPath
 from onecomp.calibration import CalibrationSamples, prepare_calibration_samples
 from onecomp.calibration.config import SELF
 from onecomp.calibration.shards import cut_shards
-from onecomp.crew import Patience
 from onecomp.errors import InputError
 from onecomp.executor import Executor
 from onecomp.export.install import install_checkpoint
@@ -28,6 +27,7 @@ from onecomp.job import (
 )
 from onecomp.lease import LeaseLostError, require_free
 from onecomp.log import format_duration
+from onecomp.losses import Patience
 from onecomp.models import (
     ModelLayout,
     Skeleton,

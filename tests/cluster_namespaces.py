@@ -120,11 +120,13 @@ def _start(stack: contextlib.ExitStack, space: str, address: str, *options: str)
         stderr=subprocess.DEVNULL,
     )
     stack.callback(process.wait)
-    stack.callback(process.kill)  # and with its first process all of its namespace
+    stack.callback(process.kill)
     outer = psutil.Process(process.pid)
     wait_until(lambda: bool(outer.children()))
-    inner = str(outer.children()[0].pid)
-    return ("nsenter", "--target", inner, "--net", "--pid", "--mount", *REAL_NETWORK)
+    [inner] = outer.children()  # the first process of its namespace, which ends with it
+    stack.callback(wait_until, lambda: not inner.is_running())
+    stack.callback(process.kill)
+    return ("nsenter", "--target", str(inner.pid), "--net", "--pid", "--mount", *REAL_NETWORK)
 
 
 def _ip(*arguments: str) -> None:

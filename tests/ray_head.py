@@ -97,7 +97,7 @@ def wait_for_answer(head: Head, log: Path) -> None:
     give_up_at = time.monotonic() + START_SECONDS
     while time.monotonic() < give_up_at and head.process.poll() is None:
         try:
-            urllib.request.urlopen(f"{head.url}/api/version", timeout=5).close()
+            urllib.request.urlopen(f"{head.url}/api/jobs/", timeout=30).close()
         except urllib.error.HTTPError as error:  # of a head that wants a token
             error.close()
             return

@@ -10,8 +10,8 @@ from worker_settings import worker_settings
 
 from onecomp.calibration import CalibrationSamples
 from onecomp.calibration.shards import CalibrationShard, cut_shards
-from onecomp.crew import Patience
 from onecomp.executor import Executor
+from onecomp.losses import Patience
 from onecomp.models import ModelSource, Skeleton
 from onecomp.pipeline import quantize_model
 from onecomp.progress import Progress

@@ -17,6 +17,8 @@ from cluster_namespaces import (
 from cluster_nodes import in_own_process, wait_until
 from ray.exceptions import RayActorError
 
+from cluster.connect import connect
+
 
 @ray.remote(num_cpus=0, resources={f"node:{OTHER}": 0.1}, max_restarts=0)
 class Stranger:
@@ -25,7 +27,7 @@ class Stranger:
 
 
 def lose_the_network(address: str, other_space: str) -> None:
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    assert connect(address, num_cpus=1)
     assert {node["NodeManagerAddress"] for node in ray.nodes()} == {HEAD, OTHER}
     stranger = Stranger.remote()
     assert ray.get(stranger.address.remote()) == OTHER

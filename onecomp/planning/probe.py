@@ -37,7 +37,7 @@ from onecomp.worker import Worker, WorkerSettings
 
 SHARDS_EACH = 2
 """Shards that each worker of a probe carries."""
-FEW_ROWS = 0
+FEW_ROWS = 0.0
 """Every worker makes its own sums."""
 LONGEST_S = 900.0
 """Seconds that a probe may be expected to take."""
@@ -185,20 +185,21 @@ def _measure(worker: Worker, costs: UnitCosts) -> dict[str, Amount]:
             worker.replay_block(index)
         with watch.time("read"):
             worker.begin_block(block.index)
-    results = []
+    results, receipts = [], []
     for group, contributions in _observed(worker, block.groups, watch):
         with watch.time("quantize"):
-            found, _ = worker.quantize(group, *contributions)
+            found, receipt = worker.quantize(group, *contributions)
         _measure_parts(worker, group, contributions, costs, watch)
         if costs.text is not None:
             with watch.time("merge"):
                 worker.apply(group.index, found)
         results.append(found)
+        receipts.append(receipt)
     if costs.text is not None:
         with watch.time("observe"):
             worker.finish_block()
     with watch.time("write"):
-        worker.store(block.index, *results)
+        worker.store(block.index, len(results), *results, *receipts)
     return _by_phase(watch.seconds)
 
 

@@ -19,9 +19,9 @@ from tiny_models import save_tiny_model
 
 from actors.executor import RayExecutor
 from cluster.connect import connect
-from onecomp.crew import Patience
 from onecomp.errors import GaveUpError
 from onecomp.executor import LocalExecutor, WorkerCount
+from onecomp.losses import Patience
 from onecomp.qep import QEPConfig
 from onecomp.store import RunDirectory
 

@@ -9,9 +9,9 @@ import pytest
 from sabotage import SabotagedExecutor, Traps
 from small_job import Made, assert_same, make, settings, shards, small_skeleton
 
-from onecomp.crew import Patience
 from onecomp.errors import GaveUpError
 from onecomp.executor import LocalExecutor
+from onecomp.losses import Patience
 from onecomp.models import Skeleton
 from onecomp.qep import QEPConfig
 from onecomp.store import RunDirectory

@@ -115,7 +115,7 @@ def test_other_versions_are_named_on_both_sides(head):
     set_versions(head, python_version="3.9.1")
     assert f"{head!r} runs Ray {ray.__version__} with Python 3.9.1, this {ours}" in refusal(head)
     set_versions(head)
-    assert require_cluster(head) == head
+    assert require_cluster(head) == (head, "127.0.0.1")
 
 
 @pytest.mark.ray
@@ -123,7 +123,7 @@ def test_how_much_of_pythons_version_must_be_equal_is_rays_variable(head, monkey
     set_versions(head, python_version=VERSIONS["python_version"].rsplit(".", 1)[0] + ".99")
     refusal(head)
     monkeypatch.setenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
-    assert require_cluster(head) == head
+    assert require_cluster(head) == (head, "127.0.0.1")
     set_versions(head)
 
 
@@ -135,6 +135,13 @@ def print_joined(address: str) -> None:
     assert connect(address, num_cpus=1) is True
     sys.stdout.write(str(len(ray.nodes())))
     disconnect()
+
+
+@pytest.mark.ray
+def test_a_head_on_the_loopback_device_is_not_looked_for_on_the_network(head):
+    """Its variable is set for all tests, and there is none for whom Ray is started."""
+    environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    assert in_own_process(print_joined, head, environment=environment, seconds=60) == "1"
 
 
 @pytest.mark.ray
@@ -241,7 +248,7 @@ ONLY_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make nam
 def look_for_clusters(*_: str) -> None:
     assert "no node of a Ray cluster runs on this machine" in refusal("auto")
     with nodes(connect=False) as (first, _):
-        assert require_cluster("auto") == first.address
+        assert require_cluster("auto").address == first.address
         with nodes(connect=False) as (second, _):
             message = refusal("auto")
             found = ", ".join(sorted([first.address, second.address]))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,8 @@ def run(directory: Path, *words: object) -> subprocess.Popen:
 
 
 BARE = f"""
-import runpy, sys, sysconfig
-sys.path.append(sysconfig.get_paths()["purelib"])
+import runpy, sys
+sys.path.append({sysconfig.get_paths()["purelib"]!r})
 assert {str(ROOT)!r} not in sys.path
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
