@@ -3,8 +3,9 @@
     python benchmarks/plan_accuracy.py MODEL [MODEL ...] --text TEXT [--repeat 3] [--workers 0,2]
 
 Every plan and every run has a process of its own, and they take turns, so that both see the same
-machine. Seconds are processor seconds of the quantize phase, all workers together; memory is the
-peak resident memory of the process, or of the largest worker. The text's start calibrates.
+machine, which should have nothing else to do. Seconds are processor seconds of the quantize phase,
+all workers together, with the start of their processes on Ray; memory is the peak resident memory
+of the process, or of the largest worker. The text's start calibrates.
 """
 
 import argparse
@@ -117,7 +118,8 @@ def plan(setting: Setting) -> Figures:
     request = Request(PlannedModel.open(setting.model, "auto"), job.quantizer, text, job.qep)
     place = Place(setting.num_workers)
     estimate, _ = probed(make_estimate(request, place), request, place)
-    return Figures(estimate.work_s, estimate.wall_s, estimate.memory.host_bytes)
+    processor_s = estimate.work_s + estimate.workers_start_s
+    return Figures(processor_s, estimate.wall_s, estimate.memory.host_bytes)
 
 
 def run(setting: Setting) -> Figures:
@@ -127,10 +129,10 @@ def run(setting: Setting) -> Figures:
         session = Session.open(setting.job(), Path(folder) / "run", output=Path(folder) / "out")
         executor = _executor(setting.num_workers)
         try:
-            started, processor = time.perf_counter(), _processor_s()
+            started, processor = time.perf_counter(), time.process_time()
             session.quantize(executor, report_progress=False)
-            seconds, processor = time.perf_counter() - started, _processor_s() - processor
-            return Figures(processor, seconds, _peak_memory(executor))
+            seconds, processor = time.perf_counter() - started, time.process_time() - processor
+            return Figures(processor + _workers_s(executor), seconds, _peak_memory(executor))
         finally:
             executor.stop()
 
@@ -143,18 +145,12 @@ def _executor(num_workers: int) -> Executor:
     return RayExecutor(num_workers)
 
 
-def _processor_s() -> float:
-    """Of this process and everything that it started."""
-    this = psutil.Process()
-    return sum(sum(_times(process)) for process in [this, *this.children(recursive=True)])
-
-
-def _times(process: psutil.Process) -> tuple[float, float]:
-    try:
-        times = process.cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0, 0.0
-    return times.user, times.system
+def _workers_s(executor: Executor) -> float:
+    """Processor seconds of the workers' own processes, their start included."""
+    if isinstance(executor, LocalExecutor):
+        return 0.0
+    times = [psutil.Process(executor.place(n).pid).cpu_times() for n in executor.workers]
+    return sum(spent.user + spent.system for spent in times)
 
 
 def _peak_memory(executor: Executor) -> float:

@@ -163,6 +163,8 @@ def plan(  # noqa: PLR0913 - one parameter per option
     overwrite: Annotated[bool, typer.Option(hidden=True)] = False,
     eval_text: Annotated[str | None, typer.Option("--eval", hidden=True)] = None,
     address: Annotated[str | None, typer.Option(hidden=True)] = None,
+    unit_timeout: Annotated[float, typer.Option(hidden=True)] = 600,
+    retries: Annotated[int, typer.Option(hidden=True)] = 5,
     config: OptionsFile = None,
 ) -> None:
     """Say what quantizing a model will need: memory, disk, network, time and cost.

@@ -12,6 +12,9 @@ from onecomp.planning.operations import Work
 from onecomp.planning.shapes import BlockShape
 from onecomp.quantizer.pieces import even_cuts
 
+CLUSTER_START_S = 8.0
+"""Seconds until a cluster on this machine, or workers on one that runs, answer."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,8 +24,15 @@ class Settings:
     """Workers are threads of one process, without Ray."""
     price_per_hour: Amount | None = None
     """Of one worker."""
-    startup_s: Amount = 0.0
-    """Seconds before the work starts: imports, checks, workers."""
+    process_start_s: Amount = 8.0
+    """Processor seconds that a process takes to import everything and to build the model."""
+
+    @property
+    def startup_s(self) -> Amount:
+        """Seconds before the work starts: this process, and with Ray its cluster and workers."""
+        return self.process_start_s * (1 if self.in_process else 2) + CLUSTER_START_S * (
+            not self.in_process
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,12 @@ class Estimate:
     def work_s(self) -> Amount:
         """Seconds of all workers together: processor seconds on CPUs."""
         return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def workers_start_s(self) -> Amount:
+        """Processor seconds that the workers' own processes take to start, all together."""
+        settings = self.settings
+        return 0.0 if settings.in_process else self.num_workers * settings.process_start_s
 
     def _kinds(self) -> Sequence[BlockShape]:
         return self.costs.model.kinds
@@ -143,10 +159,10 @@ class Estimate:
         sent, factored by its owner, solved by all, sent, applied. Without, passes of all blocks
         go on, and groups wait for nobody but workers.
         """
-        costs, largest = self.costs, self._largest_share
+        costs = self.costs
         if costs.text is None:
             return 0.0
-        unit = Unit(kind, tokens=largest * costs.text.num_tokens)
+        unit = Unit(kind, tokens=self._largest_share * costs.text.num_tokens)
         if costs.qep is None:
             return sum(costs.seconds(m, unit) for m in ("begin_block", "observe", "finish_block"))
         carried = sum(costs.seconds(m, unit) for m in ("begin_block", "finish_block", "store"))

@@ -207,6 +207,18 @@ def hardware_here(table: HardwareTable) -> str:
     """The kind of device that this machine has."""
     if not torch.cuda.is_available():
         return CPU
-    found = torch.cuda.get_device_name().upper()
-    fits = [name for name in table.devices if all(part in found for part in name.split("-"))]
-    return max(fits, key=len) if fits else CPU
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return closest_kind(torch.cuda.get_device_name(), memory, table)
+
+
+def closest_kind(name: str, memory_bytes: Amount, table: HardwareTable) -> str:
+    """The kind of GPU with this name, else the one whose memory is closest.
+
+    Args:
+        name: As the driver calls it, e.g. ``NVIDIA A100-SXM4-80GB``.
+        memory_bytes: Of the GPU.
+        table: The known kinds.
+    """
+    gpus = {kind: device.memory_gib * GIB for kind, device in table.devices.items() if kind != CPU}
+    named = [kind for kind in gpus if all(p in name.upper() for p in kind.upper().split("-"))]
+    return min(named or gpus, key=lambda kind: abs(gpus[kind] - memory_bytes))

@@ -14,10 +14,16 @@ from onecomp.planning.costs import UnitCosts
 from onecomp.planning.shapes import BlockShape
 
 MIB = 2**20
-PROCESS_BYTES = 520 * MIB
-"""A worker's process that has imported everything, before it holds anything."""
-DRIVER_BYTES = 750 * MIB
-"""The same for the command line, with what it alone imports."""
+PROCESS_BYTES = 575 * MIB
+"""A process that has imported everything, before it holds anything."""
+HEAP_TENSOR_BYTES = 32 * MIB
+"""The C library's allocator keeps what it got for smaller pieces, and gives back larger ones."""
+HEAP_SHARE = 0.9
+"""What a process of one worker keeps beyond what it holds, as a share of it, of small tensors."""
+SHARED_HEAP_SHARE = 0.25
+"""The same where several workers have one process: their worst moments are not the same."""
+LARGE_SHARE = 0.1
+"""The same of large tensors."""
 CUDA_CONTEXT_BYTES = 600 * MIB
 """Device memory that a CUDA process takes for itself."""
 CUDA_HOST_BYTES = 2500 * MIB
@@ -85,16 +91,15 @@ class MemoryModel:
         worst = max(self._moments(), key=lambda moment: moment.num_bytes)
         waiting = self.waiting_bytes()
         is_gpu = self.costs.hardware.is_gpu
-        on_host = self._host_beside_gpu() if is_gpu else worst.num_bytes
+        held = self._host_beside_gpu() if is_gpu else worst.num_bytes
         if self.in_process:
-            host = DRIVER_BYTES + self.costs.num_workers * on_host + waiting
-        else:
-            host = PROCESS_BYTES + on_host
+            held = self.costs.num_workers * held + waiting
+        host = PROCESS_BYTES + held * (1 + self._kept_share())
         return MemoryPlan(
             worker=worst,
             device_bytes=worst.num_bytes + CUDA_CONTEXT_BYTES if is_gpu else 0.0,
             host_bytes=host + (CUDA_HOST_BYTES if is_gpu else 0),
-            driver_bytes=host if self.in_process else DRIVER_BYTES + self._token_bytes(),
+            driver_bytes=host if self.in_process else PROCESS_BYTES + 3 * self._token_bytes(),
             object_store_bytes=0.0 if self.in_process else waiting,
             results_bytes=self._results_bytes(),
             checkpoint_bytes=self._checkpoint_bytes(),
@@ -251,6 +256,15 @@ class MemoryModel:
             "factors": others * sum(map(self.costs.prepared_bytes, split)),
             "results": results * (others if self.costs.qep is not None else 1),
         }
+
+    def _kept_share(self) -> Amount:
+        """What the allocator keeps of memory that is free again."""
+        model, text = self.costs.model, self.costs.text
+        if text is None or self.costs.hardware.is_gpu:
+            return LARGE_SHARE
+        if text.micro_batch_tokens * model.hidden_size * model.dtype_bytes >= HEAP_TENSOR_BYTES:
+            return LARGE_SHARE
+        return SHARED_HEAP_SHARE if self.in_process else HEAP_SHARE
 
     # Disk
 

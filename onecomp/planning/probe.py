@@ -8,7 +8,7 @@ programs on the machine do not matter.
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -94,17 +94,13 @@ def probe(
         source: The model, with weights.
         quantizer: The method.
         num_workers: Workers that compute at the same time.
-
-    Raises:
-        InputError: It would take too long on this machine.
     """
     work = _expected_work(costs)
-    _require_patience(costs, work, source)
     num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="onecomp-probe-") as folder:
-        settings = _settings(costs, source, quantizer, Path(folder))
+        settings = _settings(costs, source, quantizer)
         try:
-            workers = [Worker(number, settings) for number in range(num_workers)]
+            workers = [Worker(n, settings(Path(folder, str(n)))) for n in range(num_workers)]
             with ThreadPoolExecutor(num_workers, "probe", torch.set_num_threads, (1,)) as threads:
                 found = list(threads.map(lambda worker: _measure(worker, costs), workers))
         finally:
@@ -140,39 +136,50 @@ def _expected_work(costs: UnitCosts) -> WorkByPhase:
     return added(parts)
 
 
-def _require_patience(costs: UnitCosts, work: WorkByPhase, source: ModelSource) -> None:
-    seconds = costs.seconds_of(work)
+def require_short(costs: UnitCosts, directory: Path) -> None:
+    """Check that a probe takes minutes, not hours.
+
+    Args:
+        costs: As for ``probe``.
+        directory: The model's, for the message.
+
+    Raises:
+        InputError: It would take too long on this machine.
+    """
+    seconds = costs.seconds_of(_expected_work(costs))
     if seconds > LONGEST_S:
         raise InputError(
-            source.directory,
+            directory,
             f"a probe of one block would take about {seconds / 60:.0f} minutes on this machine. "
             "Plan without --probe, give a smaller --max-length, or probe where the run will be.",
         )
 
 
 def _settings(
-    costs: UnitCosts, source: ModelSource, quantizer: Quantizer, folder: Path
-) -> WorkerSettings:
+    costs: UnitCosts, source: ModelSource, quantizer: Quantizer
+) -> Callable[[Path], WorkerSettings]:
+    """Settings of a worker by its run directory: all write the same block, each to its own."""
     dtype = getattr(torch, costs.model.dtype)
-    skeleton = Skeleton.build(source, dtype)
-    layout = find_layers(quantizer, skeleton)
+    layout = find_layers(quantizer, Skeleton.build(source, dtype))
     first = next(block.index for block in layout.blocks if block.groups)
-    run = RunDirectory(folder / "run")
-    run.begin({}, None)
-    writer = None
-    if costs.has_checkpoint:
+
+    def settings(folder: Path) -> WorkerSettings:
+        run = RunDirectory(folder)
+        run.begin({}, None)
         writer = CheckpointWriter(run.checkpoint, quantizer, not has_format(quantizer))
-    return WorkerSettings(
-        source=source,
-        dtype=dtype,
-        device="auto",
-        layout=replace(layout, blocks=layout.blocks[: first + 2]),  # the one behind is read ahead
-        quantizer=quantizer,
-        qep=costs.qep,
-        num_shards=1 if costs.text is None else _num_shards(costs),
-        run=run,
-        writer=writer,
-    )
+        return WorkerSettings(
+            source=source,
+            dtype=dtype,
+            device="auto",
+            layout=replace(layout, blocks=layout.blocks[: first + 2]),  # the next is read ahead
+            quantizer=quantizer,
+            qep=costs.qep,
+            num_shards=1 if costs.text is None else _num_shards(costs),
+            run=run,
+            writer=writer if costs.has_checkpoint else None,
+        )
+
+    return settings
 
 
 def _measure(worker: Worker, costs: UnitCosts) -> dict[str, Amount]:
@@ -216,7 +223,9 @@ def _observed(
             yield group, [contributions]
     else:
         with watch.time("observe"):
-            contributions = worker.observe([group.index for group in groups], FEW_ROWS)
+            contributions = worker.observe(
+                [group.index for group in groups], [FEW_ROWS] * len(groups)
+            )
         yield from ((group, [part]) for group, part in zip(groups, contributions, strict=True))
 
 

@@ -1,6 +1,7 @@
 """From what a user asks for to an estimate."""
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,15 +28,11 @@ from onecomp.planning.hardware import (
 )
 from onecomp.planning.methods import method_shape
 from onecomp.planning.model import PlannedModel
-from onecomp.planning.probe import Measured, probe
+from onecomp.planning.probe import Measured, probe, require_short
 from onecomp.planning.shapes import TextShape
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import Quantizer
 
-LOCAL_START_S = 15.0
-"""Imports, checks, tokens."""
-RAY_START_S = 35.0
-"""The same, and the start of workers' processes."""
 MOST_LOCAL_WORKERS = 16
 
 
@@ -74,7 +71,6 @@ class Place:
         return self.num_workers or (local if in_process else 1), Settings(
             in_process=in_process,
             price_per_hour=price,
-            startup_s=LOCAL_START_S if in_process else RAY_START_S,
         )
 
 
@@ -130,6 +126,7 @@ def probed(estimate: Estimate, request: Request, place: Place) -> tuple[Estimate
         ConfigError: The plan is for another kind of device than this machine has.
         InputError: The probe would take too long.
     """
+    started_s = time.process_time()
     table = place.table or load_table()
     here = hardware_here(table)
     if here != estimate.costs.hardware.name:
@@ -137,12 +134,15 @@ def probed(estimate: Estimate, request: Request, place: Place) -> tuple[Estimate
             f"gpu={estimate.costs.hardware.name}: a probe measures this machine, which has {here}."
         )
         raise ConfigError("plan", [f"{rule} Leave out --gpu or --probe."])
+    require_short(estimate.costs, request.model.skeleton.source.directory)
     num_workers = estimate.num_workers if here == CPU else 1
     with _weights(request.model) as source:
         at_once = min(num_workers, torch.get_num_threads())
         measured = probe(estimate.costs, source, request.quantizer, max(1, at_once))
     hardware = replace(estimate.costs.hardware, corrections=measured.corrections)
-    return replace(estimate, costs=replace(estimate.costs, hardware=hardware)), measured
+    costs = replace(estimate.costs, hardware=hardware)
+    settings = replace(estimate.settings, process_start_s=started_s)
+    return replace(estimate, costs=costs, settings=settings), measured
 
 
 @contextmanager

@@ -114,6 +114,7 @@ def as_json_values(plan: Plan) -> dict:
             "work_s": estimate.work_s,
             "chain_s": estimate.chain_s,
             "startup_s": estimate.settings.startup_s,
+            "workers_start_s": estimate.workers_start_s,
             "wall_s": estimate.wall_s,
         },
         "cost": estimate.cost,

@@ -12,9 +12,9 @@ def samples_of(count: int, length: int) -> CalibrationSamples:
 
 @pytest.mark.parametrize(
     ("count", "length", "expected"),
-    [(512, 2048, 32), (128, 256, 32), (20, 128, 2), (3, 64, 1), (1, 8192, 1), (5, 4096, 5)],
+    [(512, 2048, 64), (128, 256, 32), (20, 128, 2), (3, 64, 1), (1, 8192, 1), (5, 4096, 5)],
 )
-def test_up_to_32_shards_of_at_least_1024_tokens(count, length, expected):
+def test_up_to_64_shards_of_at_least_1024_tokens(count, length, expected):
     shards = cut_shards(samples_of(count, length))
     assert len(shards) == expected
     assert [shard.index for shard in shards] == list(range(expected))

@@ -5,7 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from onecomp.calibration import CalibrationConfig
 from onecomp.errors import InputError
+from onecomp.job import QuantizationJob
+from onecomp.models import ModelConfig
 from onecomp.planning.fit import (
     Resources,
     WorkerResources,
@@ -16,6 +19,10 @@ from onecomp.planning.fit import (
     shortages,
 )
 from onecomp.planning.hardware import load_table
+from onecomp.planning.request import Place, estimate_job
+from onecomp.qep import QEPConfig
+from onecomp.quantizer import GPTQ
+from onecomp.session import Session
 
 GIB = 2**30
 ROOMY = Resources((WorkerResources("worker 0", 1000 * GIB, 1000 * GIB),), 1000 * GIB, 1000 * GIB)
@@ -91,6 +98,23 @@ def test_this_process_knows_its_memory_and_disk(tmp_path):
     [process] = here.workers
     assert process.host_memory > GIB / 4
     assert here.run_disk > 0
+
+
+@pytest.mark.parametrize("qep", [QEPConfig(), None])
+def test_a_job_that_passed_its_checks_is_estimated_as_by_plan(
+    tiny_model_dir, estimate_of, text, tmp_path, qep
+):
+    directory, method = tiny_model_dir("llama"), GPTQ(groupsize=32, static_groups=True)
+    calibration = CalibrationConfig(str(text), 64, 8, strategy="concat_chunk")
+    job = QuantizationJob(ModelConfig(str(directory), dtype="auto"), method, calibration, qep)
+    session = Session.open(job, tmp_path / "run")
+    estimate = estimate_job(job, session.skeleton, session.samples, Place(2, gpu="CPU"))
+    planned = estimate_of(
+        directory, gpu="CPU", num_workers=2, samples=8, length=64, quantizer=method, qep=bool(qep)
+    )
+    assert estimate.memory == planned.memory
+    assert estimate.work_s == planned.work_s
+    require_fit(estimate, resources_here(tmp_path))
 
 
 def test_a_kind_of_gpu_promises_its_memory(large):

@@ -3,7 +3,7 @@
 import pytest
 
 from onecomp.errors import InputError
-from onecomp.planning.hardware import find_hardware, load_table
+from onecomp.planning.hardware import closest_kind, find_hardware, load_table
 from onecomp.planning.operations import Work
 
 KINDS = ("H100", "H200", "B200", "A100-80", "A100-40", "L40S", "RTX-4090", "CPU")
@@ -76,6 +76,20 @@ def test_corrections_scale_a_phase():
         3 * hardware.seconds("solve", work, 4)
     )
     assert corrected.seconds("sums", work, 4) == hardware.seconds("sums", work, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.6, "H100"),
+        ("NVIDIA A100-SXM4-80GB", 79.3, "A100-80"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "RTX-4090"),
+        ("Tesla T4", 14.6, "RTX-4090"),  # not known: the one with the closest memory
+    ],
+)
+def test_a_gpu_is_known_by_its_name(name, gib, kind):
+    assert closest_kind(name, gib * 2**30, load_table()) == kind
 
 
 def test_half_a_device_takes_twice_as_long():

@@ -106,7 +106,7 @@ def test_a_probe_is_part_of_the_object(tiny_model_dir):
     ("arguments", "message"),
     [
         (("--gpu", "H9000"), "H9000: is not a known kind of GPU. Known: H100"),
-        (("--num-workers", "-1"), "num_workers=-1: must be 0 or more"),
+        (("--num-workers", "-1"), "num_workers='-1': must be N"),
         (("--wbits", 9), "wbits=9"),
         (("--groupsize", 48), "groupsize=48 must divide in_features"),
         (("--max-length", 0), "max_length=0"),
