@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_executor")]
 
 SECONDS = 300
 """For anything that should happen."""
+NOBODY = 2**22
+"""Linux numbers its processes below this."""
 
 
 def command(model: Path, text: Path, output: Path, *options: str) -> list[str]:
@@ -59,7 +61,7 @@ class Chaos:
                 stderr=log,
             )
 
-    def wait_for(self, happened: Callable[[], bool]) -> None:
+    def wait_for(self, happened: Callable[[], object]) -> None:
         """Until it has happened; the driver must live that long."""
         deadline = time.monotonic() + SECONDS
         while not happened():
@@ -67,18 +69,23 @@ class Chaos:
             assert time.monotonic() < deadline, "nothing happens"
             time.sleep(0.01)
 
-    def strike(self) -> None:
-        """Let the run get on by nothing, a group or a block, then kill someone."""
+    def strike(self, victim: str) -> None:
+        """Let the run get on by nothing, a group or a block, then kill its driver or a worker."""
         kind, count = self.random.choice([("worker", 1), ("block", 1), ("units", 2)])
         seen = len(self.run.events(kind))
         self.wait_for(lambda: len(self.run.events(kind)) >= seen + count)
         time.sleep(self.random.uniform(0, 0.3))
-        workers = self.workers()
-        if workers and self.random.random() < 0.6:
-            self.killed["worker"] += self.kill(self.random.choice(workers))
-        else:
+        if victim == "driver":
             self.killed["driver"] += self.kill(self.driver.pid)
             self.driver.wait(SECONDS)
+        else:
+            self.wait_for(self.workers)
+            self.killed["worker"] += self.kill(self.random.choice(self.workers() or [NOBODY]))
+
+    def victims(self, kills: int) -> list[str]:
+        """Drivers and workers in equal shares, in a random order."""
+        both = [("driver", "worker")[number % 2] for number in range(kills)]
+        return self.random.sample(both, kills)
 
     def workers(self) -> list[int]:
         """Processes of the last driver's workers."""
@@ -113,11 +120,12 @@ def test_whoever_is_killed_the_bytes_are_the_same(tiny_model_dir, tmp_path, kill
 
     chaos = Chaos(tmp_path / "disturbed.run", seed=7)
     chaos.go_on(*command(model, text, tmp_path / "disturbed"))
+    victims = chaos.victims(kills)
     while chaos.count < kills:
         if chaos.driver.poll() is not None:
             assert chaos.driver.returncode == -signal.SIGKILL, chaos.log.read_text()
             chaos.go_on("resume", str(chaos.run.path))
-        chaos.strike()
+        chaos.strike(victims[chaos.count])
     if chaos.driver.poll() is not None:
         chaos.go_on("resume", str(chaos.run.path))
     assert chaos.driver.wait(SECONDS) == 0, chaos.log.read_text()
