@@ -274,9 +274,9 @@ class RayExecutor(Executor):
                 error.actor, error.call, error.reason, out_of_memory=error.out_of_memory
             ) from error
 
-    def ready(self, refs: Sequence[Ref], timeout_s: float) -> set[Ref]:
+    def ready(self, refs: Sequence[Ref], timeout_s: float, *, wait_for_all: bool = True) -> set[Ref]:
         """References whose call has ended; nothing is brought here."""
-        return {*self._pool.ready(refs, timeout_s)}
+        return {*self._pool.ready(refs, timeout_s, wait_for_all=wait_for_all)}
 
     def is_ref(self, value: object) -> bool:
         """Whether it is one of Ray's references."""

@@ -148,9 +148,14 @@ class ActorPool:
         pid = error.pid if isinstance(error, RayTaskError) else None
         return next((n for n, place in self.places.items() if place.pid == pid), -1)
 
-    def ready(self, refs: Sequence[ObjectRef], timeout_s: float) -> set[ObjectRef]:
-        """Those that have a value or an error, anywhere; waits for all, but no longer."""
+    def ready(
+        self, refs: Sequence[ObjectRef], timeout_s: float, *, wait_for_all: bool = True
+    ) -> set[ObjectRef]:
+        """Those that have a value or an error, anywhere; waits for all or for one, but no longer."""
         refs = list(dict.fromkeys(refs))
+        if refs and not wait_for_all:
+            ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)
+            timeout_s = 0.0
         if not refs:
             return set()
         done, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s, fetch_local=False)

@@ -10,16 +10,13 @@ from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import METADATA, read_header, write_shard
-from onecomp.quantizer.result import QuantizationResult
+from onecomp.quantizer.result import QuantizationResult, narrow
 from onecomp.storage import AnyPath, local_file
 
 SEPARATOR = "|"
-NARROW = {"int32": torch.uint8, "int64": torch.int32}
-"""Integer dtypes are stored narrower where every value fits."""
 UNREADABLE = (SafetensorError, OSError, KeyError, json.JSONDecodeError)
 
 
@@ -36,7 +33,7 @@ def write_block_file(
         journal: The block's events, as plain JSON values.
     """
     tensors = {
-        f"{name}{SEPARATOR}{key}": _narrow(tensor)
+        f"{name}{SEPARATOR}{key}": narrow(tensor)
         for name, result in results.items()
         for key, tensor in result.tensors().items()
     }
@@ -145,12 +142,3 @@ def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:
         for key, dtype in entry["dtypes"].items()
     }
     return QuantizationResult.restore(entry["type"], tensors, entry["values"])
-
-
-def _narrow(tensor: Tensor) -> Tensor:
-    narrow = NARROW.get(str(tensor.dtype)[6:])
-    if narrow is None or not tensor.numel():
-        return tensor
-    limits = torch.iinfo(narrow)
-    fits = limits.min <= tensor.min().item() and tensor.max().item() <= limits.max
-    return tensor.to(narrow) if fits else tensor

@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from onecomp.calibration.shards import CalibrationShard
+from onecomp.dispatch import Dispatch
 from onecomp.errors import WorkerError
 from onecomp.executor import Call, Executor, Ref
-from onecomp.jobs import group_pieces
+from onecomp.jobs import group_cost
+from onecomp.later import Later
 from onecomp.losses import Losses, Patience
 from onecomp.models.layout import BlockLayout, InputGroup
 from onecomp.schedule import (
+    GroupCost,
+    are_worth_observing_ahead,
     assign_shards,
     balance,
-    is_worth_splitting,
+    forward_cost,
     share_out,
+    split_largest,
     useful_workers,
 )
 from onecomp.speeds import MeasuredSpeeds
@@ -57,6 +62,7 @@ class Crew:
         self.executor, self.settings = executor, settings
         self.run: RunDirectory = settings.run
         self.watch = Watch(executor, patience.unit_timeout_s)
+        self.later = Later(self.watch)
         self.speeds = MeasuredSpeeds()
         self._shards = {shard.index: shard for shard in shards}
         self._tokens = {s.index: int(s.attention_mask.sum()) for s in shards}
@@ -64,18 +70,18 @@ class Crew:
         self.finished = {b.index for b in self._blocks if self.run.has_block(b.index)}
         """Blocks whose results are stored, as far as the driver knows."""
         self._pending: list[Ref] = []
+        self._costs: dict[InputGroup, GroupCost] = {}
         self._last: dict[int, Ref] = {}
         self._losses = Losses(executor, patience, str(self.run.path))
         self._leaving: set[int] = set()
         self._position = 0
         """Block in front of which the shards are when all calls are done."""
-        self.load: dict[int, float] = {}
-        """What workers have got to quantize and not finished, in multiplications."""
         self._turn = itertools.count()
         self._lap_ended, self._lap_waited_s = time.monotonic(), 0.0
         executor.limit(useful_workers(len(shards), self._blocks))
         executor.start(Worker, settings)
         self.members = list(executor.workers)
+        self.dispatch = Dispatch(self.later, lambda: self.speeds.of(self.members))
         self.held: dict[int, list[int]] = {worker: [] for worker in self.members}
         self._note_workers("joined", self.members)
         even = dict.fromkeys(self.members, 1.0)
@@ -95,22 +101,25 @@ class Crew:
         unfinished = (b.index for b in self._blocks if b.index not in self.finished)
         return next(unfinished, len(self._blocks))
 
-    def carry(self, worker: int, unit: Unit, *arguments: object, num_returns: int = 1) -> list[Ref]:
+    def carry(self, worker: int, unit: Unit, *arguments: object, num_returns: int = 1) -> Call:
         """Call a method that moves the worker's shards: it runs only if the one before it did."""
         after = self._last.get(worker)
         call = self.watch.call(worker, unit, *arguments, num_returns=num_returns, after=after)
         self._last[worker] = call.receipt
-        return call.values
+        return call
 
     def carry_everywhere(self, unit: Unit, *arguments: object) -> None:
         """``carry`` with every worker that holds shards; failures show when the driver waits."""
         for worker in self.with_shards:
-            self._pending += self.carry(worker, unit, *arguments)
+            self._pending += self.carry(worker, unit, *arguments).values
 
     def anyone(self, unit: Unit, *arguments: object) -> Call:
         """Call a method of the worker whose turn it is."""
-        worker = self.members[next(self._turn) % len(self.members)]
-        return self.watch.call(worker, unit, *arguments)
+        return self.watch.call(self.next_in_turn(), unit, *arguments)
+
+    def next_in_turn(self) -> int:
+        """One worker after the other."""
+        return self.members[next(self._turn) % len(self.members)]
 
     def do_later(self, unit: Unit, *arguments: object) -> None:
         """Have any worker do it; failures show when the driver waits."""
@@ -123,16 +132,28 @@ class Crew:
 
     # Blocks
 
-    def num_pieces(self, group: InputGroup) -> int:
-        """Into how many pieces of rows a group may be split; 1 where that is not worth it."""
-        settings = self.settings
-        if len(self.members) == 1:
-            return 1
-        qep = settings.qep
-        corrected = qep is not None and any(map(qep.corrects, group.layer_names))
-        if not is_worth_splitting(group, self._device_type, corrected=corrected):
-            return 1
-        return len(group_pieces(settings.quantizer, group, self._device_type))
+    def costs(self, groups: Sequence[InputGroup]) -> list[GroupCost]:
+        """What groups take that are quantized at the same time; in pieces where that helps."""
+        return split_largest([self._cost(group) for group in groups], len(self.members))
+
+    def _cost(self, group: InputGroup) -> GroupCost:
+        if group not in self._costs:
+            quantizer, qep = self.settings.quantizer, self.settings.qep
+            self._costs[group] = group_cost(quantizer, group, qep, self._device_type)
+        return self._costs[group]
+
+    def stages(self, block: BlockLayout) -> Sequence[Sequence[InputGroup]]:
+        """The block's groups in the order of work; those of one stage are quantized at once.
+
+        They are the layout's stages where more workers than one have something of them, else each
+        group is a stage, in the order of the calls.
+        """
+        products = 2 * sum(self._tokens.values()) * sum(g.num_weights for g in block.groups)
+        pass_cost = forward_cost(products, self._device_type)
+        costs = [self.costs(stage) for stage in block.stages]
+        if are_worth_observing_ahead(costs, pass_cost, len(self.members)):
+            return block.stages
+        return [[group] for group in block.groups]
 
     @cached_property
     def _device_type(self) -> str:
@@ -167,7 +188,7 @@ class Crew:
         indices = list(shards)
         if indices:
             taken = [self._shards[index] for index in indices]
-            self._pending += self.carry(worker, Unit("hold"), *taken)
+            self._pending += self.carry(worker, Unit("hold"), *taken).values
             self.held[worker] = sorted([*self.held[worker], *indices])
 
     # What was done
@@ -226,8 +247,8 @@ class Crew:
             sorted(moves, key=lambda m: (m.source, m.target)), key=lambda m: (m.source, m.target)
         ):
             shards = [move.shard for move in group]
-            [given] = self.carry(source, Unit("give"), shards)
-            self._pending += self.carry(target, Unit("take"), given)
+            [given] = self.carry(source, Unit("give"), shards).values
+            self._pending += self.carry(target, Unit("take"), given).values
             self.held[source] = [s for s in self.held[source] if s not in shards]
             self.held[target] = sorted([*self.held[target], *shards])
 
@@ -273,8 +294,10 @@ class Crew:
         block = self.first_unfinished
         self._losses.note(error)
         self.watch.forget()
+        self.later.forget()
         self._pending.clear()
         self._last.clear()
+        self.dispatch.forget()
         must_go = (error.hangs or error.out_of_memory) and error.worker in self.members
         lost = [self._dismiss(error.worker, error)] if must_go else []
         positions = self._roll_call(block, error, lost)
@@ -329,5 +352,5 @@ class Crew:
             for worker in self.members:
                 if any(behind[shard] <= index for shard in self.held[worker]):
                     unit = Unit("replay_block", index)
-                    self._pending += self.carry(worker, unit, index)
+                    self._pending += self.carry(worker, unit, index).values
         return len(homeless)

@@ -5,7 +5,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -141,8 +141,10 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def ready(self, refs: Sequence[Ref], timeout_s: float) -> set[Ref]:
-        """Those that have a value or an error; waits for all of them, but no longer than this."""
+    def ready(
+        self, refs: Sequence[Ref], timeout_s: float, *, wait_for_all: bool = True
+    ) -> set[Ref]:
+        """Those that have a value or an error; waits for all or for one, but no longer."""
 
     @abstractmethod
     def is_ref(self, value: object) -> bool:
@@ -281,9 +283,12 @@ class LocalExecutor(Executor):
         """Wait for the values."""
         return [ref.result() for ref in refs]
 
-    def ready(self, refs: Sequence[Ref], timeout_s: float) -> set[Ref]:
+    def ready(
+        self, refs: Sequence[Ref], timeout_s: float, *, wait_for_all: bool = True
+    ) -> set[Ref]:
         """Futures that are done."""
-        return {*wait_for_futures(refs, timeout_s).done}
+        until = ALL_COMPLETED if wait_for_all else FIRST_COMPLETED
+        return {*wait_for_futures(refs, timeout_s, until).done}
 
     def is_ref(self, value: object) -> bool:
         """Whether it is a future."""

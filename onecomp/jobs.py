@@ -1,7 +1,7 @@
 """Quantizing one input group: prepared once, solved in pieces of rows wherever they run, joined."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -17,8 +17,9 @@ from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.errors_of import RowErrors
 from onecomp.quantizer.factors import HessianFactors
-from onecomp.quantizer.pieces import RowPiece, row_pieces, row_tile
+from onecomp.quantizer.pieces import RowPiece, piece_cost, prepare_cost, row_pieces, row_tile
 from onecomp.quantizer.result import QuantizationResult
+from onecomp.schedule import GroupCost, is_worth_splitting
 from onecomp.statistics import GroupStatistics
 
 
@@ -77,6 +78,12 @@ class PieceResult:
     rounded_rows: int
     seconds: float
 
+    def map_results(
+        self, change: Callable[[QuantizationResult], QuantizationResult]
+    ) -> "PieceResult":
+        """The same with every result changed."""
+        return replace(self, results={name: change(r) for name, r in self.results.items()})
+
 
 def block_events(block_index: int, receipts: Sequence[GroupReceipt]) -> list[dict]:
     """What the journal is to have of a block: one event for each group, and one for the block."""
@@ -118,6 +125,26 @@ def group_pieces(quantizer: Quantizer, group: InputGroup, device_type: str) -> l
     return row_pieces(
         quantizer, out_features, group.in_features, row_tile(device_type, group.in_features)
     )
+
+
+def group_cost(
+    quantizer: Quantizer, group: InputGroup, qep: QEPConfig | None, device_type: str
+) -> GroupCost:
+    """What a group takes, for who decides where it is quantized.
+
+    Args:
+        quantizer: Method and settings.
+        group: Names and shapes of the layers.
+        qep: How weights are corrected.
+        device_type: ``cpu`` or ``cuda``, of all workers.
+    """
+    corrected = qep is not None and any(map(qep.corrects, group.layer_names))
+    pieces = tuple(
+        piece_cost(quantizer, piece, qep) for piece in group_pieces(quantizer, group, device_type)
+    )
+    if not is_worth_splitting(group, device_type, corrected=corrected):
+        pieces = (sum(pieces),)
+    return GroupCost(prepare_cost(quantizer, group.in_features, qep, device_type), pieces)
 
 
 def quantize_group(

@@ -1,33 +1,23 @@
 """The one loop: block by block, observe the layers' inputs, quantize, go on.
 
-The variants are strategies. ``FullPrecisionInputs`` calibrates every layer on what the original
-model feeds it; ``ErrorPropagation`` on what the layers quantized so far produce; ``WeightsOnly``
-serves methods that need no calibration.
+How a block is worked on is a ``Strategy``; here is what all of them share.
 """
 
 import logging
-import time
-from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from onecomp.calibration.shards import CalibrationShard
 from onecomp.crew import Crew, Lap
 from onecomp.errors import WorkerError
-from onecomp.executor import Call, Executor, Ref
+from onecomp.executor import Executor
 from onecomp.jobs import GroupReceipt, block_events
 from onecomp.losses import Patience
-from onecomp.models.layout import BlockLayout, InputGroup, ModelLayout
+from onecomp.models.layout import BlockLayout, ModelLayout
 from onecomp.progress import Progress
-from onecomp.schedule import (
-    DIRECT_SENDERS,
-    GroupPlan,
-    are_added_on_the_way,
-    few_rows,
-    plan_groups,
-)
-from onecomp.watch import FinishedUnit, Unit
+from onecomp.strategies import BlockInFlight, Strategy, choose_strategy
+from onecomp.watch import FinishedUnit
 from onecomp.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -68,19 +58,14 @@ def quantize_model(
             return
 
 
-def _go_through(layout: ModelLayout, strategy: "Strategy", crew: Crew, progress: Progress) -> None:
-    """Take every block from the first unfinished one on, a few of them in flight."""
+def _go_through(layout: ModelLayout, strategy: Strategy, crew: Crew, progress: Progress) -> None:
+    """Take every block from the first unfinished one on, a few of them on their way."""
     crew.export_outside()
-    in_flight: deque[BlockInFlight] = deque()
-
-    def collect_all_but(count: int) -> None:
-        while len(in_flight) > count:
-            collect(in_flight.popleft(), crew, progress)
-
+    on_the_way = BlocksOnTheWay(strategy, crew, progress)
     is_working = False
     for block in layout.blocks:
         if block.index in crew.finished:
-            collect_all_but(0)
+            on_the_way.finish_all()
             crew.reuse(block)
             is_working = False
             continue
@@ -89,38 +74,54 @@ def _go_through(layout: ModelLayout, strategy: "Strategy", crew: Crew, progress:
             progress.begin_work()
             is_working = True
         if crew.must_settle():
-            collect_all_but(0)
+            on_the_way.finish_all()
         crew.adjust()
-        in_flight.append(finish(strategy.quantize_block(block, crew), crew))
-        collect_all_but(strategy.blocks_in_flight)
-    collect_all_but(0)
+        on_the_way.add(block)
+    on_the_way.finish_all()
     crew.wait()
 
 
-@dataclass
-class BlockInFlight:
-    """A block whose work was handed out; Refs to receipts and results, no values."""
+class BlocksOnTheWay:
+    """Blocks that were begun, in their order.
 
-    block: BlockLayout
-    results: list[Ref] = field(default_factory=list)
-    receipts: list[Ref] = field(default_factory=list)
-    groups: list[InputGroup] = field(default_factory=list)
-    stored: list[Ref] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    Args:
+        strategy: How a block is worked on.
+        crew: The workers.
+        progress: Told of every finished block.
+    """
 
+    def __init__(self, strategy: Strategy, crew: Crew, progress: Progress):
+        self._strategy, self._crew, self._progress = strategy, crew, progress
+        self._blocks: deque[BlockInFlight] = deque()
 
-def finish(block: BlockInFlight, crew: Crew) -> BlockInFlight:
-    """Have the block written, by the workers in turn."""
-    unit = Unit("store", block.block.index)
-    parts = [*block.results, *block.receipts]
-    block.stored = crew.anyone(unit, block.block.index, len(block.results), *parts).values
-    return block
+    def add(self, block: BlockLayout) -> None:
+        """Begin a block, and wait for the oldest if there are too many."""
+        work = BlockInFlight(block)
+        self._strategy.begin(work, self._crew, self._store_solved)
+        self._blocks.append(work)
+        self._collect_all_but(self._strategy.most_in_flight(block, self._crew))
+
+    def finish_all(self) -> None:
+        """Wait until nothing is on its way."""
+        self._store_solved()
+        self._collect_all_but(0)
+
+    def _store_solved(self) -> None:
+        """Have blocks written of which everything was handed out."""
+        for work in self._blocks:
+            if not work.stored and len(work.solved) == len(work.block.groups):
+                work.store(self._crew, self._crew.next_in_turn())
+
+    def _collect_all_but(self, count: int) -> None:
+        while len(self._blocks) > count:
+            while not self._blocks[0].is_stored:
+                self._crew.later.wait()
+            collect(self._blocks.popleft(), self._crew, self._progress)
 
 
 def collect(block: BlockInFlight, crew: Crew, progress: Progress) -> None:
-    """Wait for a block, write its events and report it."""
-    crew.wait()  # first: what failed here is the cause of what fails below
-    receipts: list[GroupReceipt] = crew.watch.fetch(block.receipts)
+    """Note what a block that was written has in its journal, and report it."""
+    receipts: list[GroupReceipt] = crew.watch.fetch([s.receipt for s in block.solved])
     crew.watch.fetch(block.stored)
     crew.run.require_lease()
     units = crew.accept(block.block.index)
@@ -131,9 +132,9 @@ def collect(block: BlockInFlight, crew: Crew, progress: Progress) -> None:
         crew.run.append(**event)
     crew.run.append(**whole, seconds=lap.seconds, driver_seconds=lap.driver_seconds)
     crew.run.flush()
-    for group, receipt in zip(block.groups, receipts, strict=True):
+    for solved, receipt in zip(block.solved, receipts, strict=True):
         for fallback in receipt.fallbacks:
-            logger.warning("%s: %s", group, fallback)
+            logger.warning("%s: %s", solved.group, fallback)
     quantize_s = sum(receipt.seconds for receipt in receipts) / len(crew.members)
     progress.finished_block(
         whole["output_error"],
@@ -171,166 +172,3 @@ def meter(
     crew.executor.meter("onecomp_fallbacks", sum(len(r.fallbacks) for r in receipts), run=run)
     crew.executor.meter("onecomp_blocks_done", 1, run=run)
     crew.executor.meter("onecomp_workers", len(crew.members), run=run)
-
-
-class Strategy(ABC):
-    """In which order the groups of a block are observed and quantized."""
-
-    blocks_in_flight: int
-    """Blocks handed out before the driver waits for the oldest."""
-
-    @abstractmethod
-    def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
-        """Hand out all the work of one block."""
-
-
-class FullPrecisionInputs(Strategy):
-    """All groups from one forward pass of the original block; the next block need not wait."""
-
-    blocks_in_flight = 1
-
-    def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
-        """Observe all groups in one pass, then hand them to their owners."""
-        work = BlockInFlight(block)
-        crew.begin_block(block)
-        contributions = observe(block.groups, crew)
-        crew.finish_block(block)
-        quantize(work, block.groups, contributions, crew)
-        return work
-
-
-class ErrorPropagation(Strategy):
-    """Group after group: what lies behind a group is computed with its quantized weights.
-
-    Quantization error propagation (Arai and Ichikawa, 2025, arXiv:2504.09629); with
-    ``perccorr=0`` this is sequential quantization.
-    """
-
-    blocks_in_flight = 0
-
-    def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
-        """Observe, quantize and apply one group after the other."""
-        work = BlockInFlight(block)
-        crew.begin_block(block)
-        for group in block.groups:
-            [results] = quantize(
-                work, [group], [observe_group(group, len(block.groups), crew)], crew
-            )
-            unit = Unit("apply", block.index, group.index)
-            crew.carry_everywhere(unit, group.index, results)
-        crew.finish_block(block)
-        return work
-
-
-class WeightsOnly(Strategy):
-    """Groups are quantized from their weights alone; no text is read."""
-
-    blocks_in_flight = 2
-
-    def quantize_block(self, block: BlockLayout, crew: Crew) -> BlockInFlight:
-        """Hand all groups to their owners."""
-        work = BlockInFlight(block)
-        quantize(work, block.groups, [[] for _ in block.groups], crew)
-        return work
-
-
-def choose_strategy(settings: WorkerSettings) -> Strategy:
-    """The strategy that the settings ask for."""
-    if not settings.quantizer.flag_calibration:
-        return WeightsOnly()
-    return FullPrecisionInputs() if settings.qep is None else ErrorPropagation()
-
-
-# Steps that strategies are made of
-
-
-def observe(groups: Sequence[InputGroup], crew: Crew) -> list[list[Ref]]:
-    """For each group, contributions to its sums from every worker with shards, from one pass."""
-    if len(groups) <= 1:
-        return [observe_group(group, len(groups), crew) for group in groups]
-    indices = [group.index for group in groups]
-    unit = Unit("observe", groups[0].block_index)
-    senders = crew.with_shards
-    few = [few_rows(group, len(groups), len(crew.members)) for group in groups]
-    by_worker = [
-        crew.carry(worker, unit, indices, few, num_returns=len(indices)) for worker in senders
-    ]
-    return [
-        add_on_the_way(group, len(groups), dict(zip(senders, refs, strict=True)), crew)
-        for group, refs in zip(groups, zip(*by_worker, strict=True), strict=True)
-    ]
-
-
-def observe_group(group: InputGroup, num_groups: int, crew: Crew) -> list[Ref]:
-    """Contributions to the sums of one group."""
-    unit = Unit("observe_group", group.block_index, group.index)
-    few = few_rows(group, num_groups, len(crew.members))
-    parts = {w: crew.carry(w, unit, group.index, few)[0] for w in crew.with_shards}
-    return add_on_the_way(group, num_groups, parts, crew)
-
-
-def add_on_the_way(
-    group: InputGroup, num_groups: int, parts: Mapping[int, Ref], crew: Crew
-) -> list[Ref]:
-    """Contributions by worker as they reach the owner: of many large ones, neighbours' are added.
-
-    Pair after pair, so that no worker receives more than a few matrices at each of log2(n) steps.
-    """
-    senders = [*parts.items()]
-    if are_added_on_the_way(group, num_groups, len(senders)):
-        unit = Unit("merge", group.block_index, group.index)
-        while len(senders) > DIRECT_SENDERS:
-            pairs = [senders[i : i + 2] for i in range(0, len(senders), 2)]
-            senders = [
-                (pair[0][0], crew.watch.call(pair[0][0], unit, *(ref for _, ref in pair)).values[0])
-                if len(pair) > 1
-                else pair[0]
-                for pair in pairs
-            ]
-    return [ref for _, ref in senders]
-
-
-def quantize(
-    block: BlockInFlight,
-    groups: Sequence[InputGroup],
-    contributions: Sequence[list[Ref]],
-    crew: Crew,
-) -> list[Ref]:
-    """Hand groups to their owners, and rows of the large ones to others as well; their results."""
-    num_pieces = [crew.num_pieces(group) for group in groups]
-    plans = plan_groups(groups, num_pieces, crew.speeds.of(crew.members), crew.load)
-    prepared = [
-        prepare(group, parts, plan, crew) if plan.is_split else None
-        for group, parts, plan in zip(groups, contributions, plans, strict=True)
-    ]
-    new_results = []
-    for group, parts, plan, made in zip(groups, contributions, plans, prepared, strict=True):
-        if made is None:
-            unit = Unit("quantize", group.block_index, group.index)
-            call = crew.watch.call(plan.owner, unit, group, *parts, num_returns=2)
-        else:
-            call = solve_split(group, plan, made, crew)
-        results, receipt = call.values
-        block.groups.append(group)
-        block.results.append(results)
-        block.receipts.append(receipt)
-        new_results.append(results)
-    return new_results
-
-
-def prepare(group: InputGroup, parts: Sequence[Ref], plan: GroupPlan, crew: Crew) -> list[Ref]:
-    """Have a group's owner make what its pieces share; that, and numbers about it."""
-    unit = Unit("prepare", group.block_index, group.index)
-    return crew.watch.call(plan.owner, unit, group, *parts, num_returns=2).values
-
-
-def solve_split(group: InputGroup, plan: GroupPlan, made: Sequence[Ref], crew: Crew) -> Call:
-    """Have a group's rows solved by several workers and put together by its owner."""
-    prepared, preparation = made
-    unit = Unit("quantize_pieces", group.block_index, group.index)
-    parts = [
-        crew.watch.call(worker, unit, group, numbers, prepared).values[0]
-        for worker, numbers in plan.pieces.items()
-    ]
-    unit = Unit("join", group.block_index, group.index)
-    return crew.watch.call(plan.owner, unit, group, preparation, *parts, num_returns=2)

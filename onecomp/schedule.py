@@ -1,5 +1,6 @@
 """Which worker does what: pure functions of shapes and of the workers' measured speeds."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -111,14 +112,24 @@ def _slowest(lists: Mapping[int, Sequence[int]], speeds: Speeds) -> tuple[float,
     return max((len(lists[worker]) / speeds[worker], worker) for worker in lists)
 
 
-def preparation_cost(group: InputGroup) -> float:
-    """Multiplications to factor a group's Hessian."""
-    return 2 / 3 * group.in_features**3
+@dataclass(frozen=True)
+class GroupCost:
+    """What quantizing a group takes, in multiplications that take as long."""
 
+    prepare: float
+    """What its pieces share is made by one worker, before any of them."""
+    pieces: tuple[float, ...]
+    """Each of the pieces of rows that it may be split into; a single one keeps it whole."""
 
-def solution_cost(group: InputGroup) -> float:
-    """Multiplications to solve a group's layers."""
-    return float(sum(group.out_features) * group.in_features**2)
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.prepare + sum(self.pieces)
+
+    @property
+    def longest(self) -> float:
+        """The chain that no number of workers shortens."""
+        return self.prepare + max(self.pieces)
 
 
 def longest_first(
@@ -142,9 +153,25 @@ def longest_first(
 
 # Splitting a group by rows
 
-WORTH_SENDING = {"cpu": 40.0, "cuda": 6000.0}
-"""Operations for each byte sent from which on another worker's help is worth it: about the ratio of
-what a device computes in float32 and what the object store moves, per second."""
+
+def split_largest(costs: Sequence[GroupCost], num_workers: int) -> list[GroupCost]:
+    """Costs of groups that are quantized at the same time, with only those split that have to be.
+
+    A group that takes less than every worker's even share keeps nobody waiting.
+    """
+    share = sum(cost.total for cost in costs) / num_workers
+    return [
+        cost
+        if num_workers > 1 and cost.total > share
+        else GroupCost(cost.prepare, (sum(cost.pieces),))
+        for cost in costs
+    ]
+
+
+WORTH_SENDING = {"cpu": 40.0, "cuda": 600.0}
+"""Operations for each byte sent from which on another worker's help is worth it: the ratio of what
+a device does while it solves columns and what the object store moves, per second. Solving on a GPU
+is mostly calls of small kernels, so it reaches about 2e12 operations a second; 3 GB arrive."""
 
 
 def is_worth_splitting(group: InputGroup, device_type: str, *, corrected: bool) -> bool:
@@ -155,7 +182,7 @@ def is_worth_splitting(group: InputGroup, device_type: str, *, corrected: bool) 
         device_type: ``cpu`` or ``cuda``.
         corrected: Whether its weights are corrected: two more products, one more matrix.
     """
-    operations = 2 * solution_cost(group) * (3 if corrected else 1)
+    operations = 2.0 * sum(group.out_features) * group.in_features**2 * (3 if corrected else 1)
     sent_bytes = 4 * group.in_features**2 * (3 if corrected else 2)
     return operations > sent_bytes * WORTH_SENDING.get(device_type, WORTH_SENDING["cuda"])
 
@@ -175,42 +202,95 @@ class GroupPlan:
 
 
 def plan_groups(
-    groups: Sequence[InputGroup],
-    num_pieces: Sequence[int],
-    speeds: Speeds,
-    load: Mapping[int, float] | None = None,
+    costs: Sequence[GroupCost], speeds: Speeds, load: Mapping[int, float] | None = None
 ) -> list[GroupPlan]:
     """Owners of groups, and workers of the pieces of those that are split.
 
     Args:
-        groups: Groups that are quantized at the same time.
-        num_pieces: Into how many pieces each may be split; 1 keeps it whole.
+        costs: Of groups that are quantized at the same time.
         speeds: Of the workers.
         load: What each has to do already, in multiplications.
     """
-    first = [
-        preparation_cost(group) + (solution_cost(group) if count == 1 else 0.0)
-        for group, count in zip(groups, num_pieces, strict=True)
-    ]
+    first = [cost.prepare + (cost.pieces[0] if len(cost.pieces) == 1 else 0.0) for cost in costs]
     owners = longest_first(first, speeds, load)
     busy = dict(load or {})
-    if len(groups) > 1:  # of a single group, the pieces begin when everyone is idle
+    if len(costs) > 1:  # of a single group, the pieces begin when everyone is idle
         for owner, cost in zip(owners, first, strict=True):
             busy[owner] = busy.get(owner, 0.0) + cost
     pieces = [
-        (i, number) for i, count in enumerate(num_pieces) if count > 1 for number in range(count)
+        (i, number)
+        for i, cost in enumerate(costs)
+        if len(cost.pieces) > 1
+        for number in range(len(cost.pieces))
     ]
-    costs = [solution_cost(groups[i]) / num_pieces[i] for i, _ in pieces]
     plans = [GroupPlan(owner, {}) for owner in owners]
-    for (i, number), worker in zip(pieces, longest_first(costs, speeds, busy), strict=True):
+    sizes = [costs[i].pieces[number] for i, number in pieces]
+    for (i, number), worker in zip(pieces, longest_first(sizes, speeds, busy), strict=True):
         plans[i].pieces.setdefault(worker, []).append(number)
     return [plan if plan.pieces else GroupPlan(plan.owner, {plan.owner: [0]}) for plan in plans]
+
+
+# Blocks on their way
+
+FORWARD_COST = {"cpu": 1.0, "cuda": 0.01}
+"""Time of a multiplication in a forward pass, in those of ``GroupCost``: tensor cores do them."""
+
+
+def forward_cost(multiplications: float | int, device_type: str) -> float:
+    """A forward pass, in the unit of ``GroupCost``."""
+    return multiplications * FORWARD_COST.get(device_type, FORWARD_COST["cuda"])
+
+
+def are_worth_observing_ahead(
+    stages: Sequence[Sequence[GroupCost]], pass_cost: float, num_workers: int
+) -> bool:
+    """Whether groups that do not depend on each other are quantized at once, or one by one.
+
+    At once they keep more workers busy, but the passes have to run ahead of weights that are still
+    to be quantized, and are made again afterwards: one more pass for each such stage.
+
+    Args:
+        stages: Costs of the groups by stage.
+        pass_cost: Of both streams through the block, all tokens.
+        num_workers: How many share the work.
+    """
+    saved, several = 0.0, [stage for stage in stages if len(stage) > 1]
+    for stage in several:
+        one_by_one = sum(max(cost.longest, cost.total / num_workers) for cost in stage)
+        total = sum(cost.total for cost in stage) / num_workers
+        saved += one_by_one - max(total, *(cost.longest for cost in stage))
+    return saved > len(several) * pass_cost / num_workers
+
+
+MOST_BLOCKS_IN_FLIGHT = 24
+"""Each costs another copy of the streams."""
+
+
+WAITING = 1.5
+"""Time that a block is in flight, in that of its longest chain: its units wait for free workers."""
+
+
+def blocks_in_flight(costs: Sequence[GroupCost], num_workers: int) -> int:
+    """How many blocks are begun before the driver waits for the oldest, where passes need not wait.
+
+    While the longest chain of a block is worked on, all others have to find work in other blocks.
+
+    Args:
+        costs: Of the groups of a block.
+        num_workers: How many share the work.
+    """
+    total = sum(cost.total for cost in costs)
+    longest = max((cost.longest for cost in costs), default=0.0)
+    at_once = math.ceil(WAITING * num_workers * longest / total) if total else 1
+    return min(MOST_BLOCKS_IN_FLIGHT, 1 + max(1, at_once))
 
 
 # Sending sums
 
 DIRECT_SENDERS = 3
 """Up to so many workers send their sums to the owner; of more, neighbours add theirs first."""
+ADDED_AT_ONCE = 2
+"""Contributions that neighbours add at a time."""
 WORTH_MERGING_BYTES = 64 * 2**20
 
 

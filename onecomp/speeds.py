@@ -6,7 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from onecomp.watch import FinishedUnit
 
-FORWARD = ("begin_block", "observe", "observe_group", "finish_block")
+FORWARD = (
+    "begin_block",
+    "observe",
+    "observe_group",
+    "observe_ahead",
+    "observe_group_ahead",
+    "finish_block",
+)
 """Methods whose time grows with the tokens that a worker holds."""
 REMEMBERED_BLOCKS = 5
 

@@ -103,6 +103,19 @@ class Watch:
                 self._look_around()
         return [values[ref] for ref in refs]
 
+    def wait_for_any(self, refs: Sequence[Ref]) -> set[Ref]:
+        """Those that have a value or an error; waits a little if none has.
+
+        Raises:
+            WorkerError: A worker has had its turn for too long.
+        """
+        began = self._clock()
+        ready = self.executor.ready(refs, POLL_SECONDS, wait_for_all=False)
+        self.waited_s += self._clock() - began
+        if not ready:
+            self._look_around()
+        return ready
+
     def _value(self, ref: Ref) -> object:
         try:
             [value] = self.executor.fetch([ref])

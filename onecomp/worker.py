@@ -1,11 +1,12 @@
 """The plain class behind every worker: it holds calibration shards and quantizes input groups."""
 
+import copy
 import math
 import resource
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -154,9 +155,7 @@ class Worker:
             oldest: First block that may have to be made again; default: this one.
         """
         original = self._load_block(block_index)
-        quantized = None
-        if self.settings.qep is not None:
-            quantized = self.skeleton.load_block(block_index, self.device)
+        quantized = None if self.settings.qep is None else copy.deepcopy(original)
         self._block = OpenBlock.of(self.settings.layout.blocks[block_index], original, quantized)
         self._moving = [shard for shard in self._shards if shard.position == block_index]
         for shard in self._moving:
@@ -188,22 +187,58 @@ class Worker:
         Returns:
             For each group, this worker's nodes of the summation tree.
         """
-        nodes: list[list[Contribution]] = [[] for _ in group_indices]
-        limits = few_rows or [math.inf] * len(nodes)
-        for shard in self._moving:
-            sums = [ShardSums(shard.index) for _ in group_indices]
-            for batch in shard.micro_batches:
-                for group_index, group_sums in zip(group_indices, sums, strict=True):
-                    self._observe(batch, group_index, group_sums)
-                if self.settings.qep is None:
-                    batch.leave(is_last=self._is_last())
-            for group_nodes, group_sums, limit in zip(nodes, sums, limits, strict=True):
-                group_nodes[:] = self._added(group_nodes, group_sums.contribution(), limit)
-        return nodes
+        return self._sum_up(self._passes, group_indices, few_rows)
 
     def observe_group(self, group_index: int, few_rows: float = math.inf) -> list[Contribution]:
         """``observe`` for a single group: this worker's nodes of its summation tree."""
         return self.observe([group_index], [few_rows])[0]
+
+    def observe_ahead(
+        self, group_indices: Sequence[int], few_rows: Sequence[float] | None = None
+    ) -> list[list[Contribution]]:
+        """``observe`` for groups behind others that are not quantized, nor needed by them.
+
+        The passes that do it begin anew and are thrown away; the block's own stay where they are.
+        """
+        return self._sum_up(self._passes_ahead, group_indices, few_rows)
+
+    def observe_group_ahead(
+        self, group_index: int, few_rows: float = math.inf
+    ) -> list[Contribution]:
+        """``observe_ahead`` for a single group."""
+        return self.observe_ahead([group_index], [few_rows])[0]
+
+    def _sum_up(
+        self,
+        passes_of: Callable[[HeldShard], Iterator[MicroBatch]],
+        group_indices: Sequence[int],
+        few_rows: Sequence[float] | None,
+    ) -> list[list[Contribution]]:
+        nodes: list[list[Contribution]] = [[] for _ in group_indices]
+        limits = few_rows or [math.inf] * len(nodes)
+        for shard in self._moving:
+            sums = [ShardSums(shard.index) for _ in group_indices]
+            for batch in passes_of(shard):
+                for group_index, group_sums in zip(group_indices, sums, strict=True):
+                    self._observe(batch, group_index, group_sums)
+            for group_nodes, group_sums, limit in zip(nodes, sums, limits, strict=True):
+                group_nodes[:] = self._added(group_nodes, group_sums.contribution(), limit)
+        return nodes
+
+    def _passes(self, shard: HeldShard) -> Iterator[MicroBatch]:
+        """The passes of a shard; where nothing waits for a group, each then goes to the end."""
+        for batch in shard.micro_batches:
+            yield batch
+            if self.settings.qep is None:
+                batch.leave(is_last=self._is_last())
+
+    def _passes_ahead(self, shard: HeldShard) -> Iterator[MicroBatch]:
+        """Passes from the start of the block, one after the other."""
+        for batch in shard.micro_batches:
+            ahead = replace(batch)
+            ahead.enter(self._block)
+            yield ahead
+            ahead.give_up()
 
     def _added(
         self, nodes: list[Contribution], leaf: Contribution | None, few_rows: float
@@ -232,11 +267,16 @@ class Worker:
         qep = self.settings.qep
         return qep is not None and any(qep.corrects(name) for name in group.layer_names)
 
-    def apply(self, group_index: int, results: Mapping[str, QuantizationResult]) -> None:
-        """Give the quantized copy of the block the weights of a quantized group."""
-        group = self._block.layout.groups[group_index]
+    def apply(
+        self, group_indices: Sequence[int], *results: Mapping[str, QuantizationResult]
+    ) -> None:
+        """Give the quantized copy of the block the weights of quantized groups, if there is one."""
         if self._block.quantized is None:
             return
+        for group_index, of_group in zip(group_indices, results, strict=True):
+            self._apply(self._block.layout.groups[group_index], of_group)
+
+    def _apply(self, group: InputGroup, results: Mapping[str, QuantizationResult]) -> None:
         for short, name in zip(
             self._block.layout.short_names(group), group.layer_names, strict=True
         ):
@@ -265,7 +305,7 @@ class Worker:
         if self.settings.qep is not None:
             results = self.settings.run.read_block(block_index)
             for group in self._block.layout.groups:
-                self.apply(group.index, results)
+                self._apply(group, results)
         self.finish_block()
 
     # Groups
@@ -279,7 +319,7 @@ class Worker:
     ) -> tuple[dict[str, QuantizationResult], GroupReceipt]:
         """Quantize a group from all workers' contributions to its sums."""
         prepared, preparation = self.prepare(group, *contributions)
-        pieces = self.quantize_pieces(group, range(len(self._pieces(group))), prepared)
+        pieces = self.quantize_pieces(group, range(len(self.pieces(group))), prepared)
         return self.join(group, preparation, pieces)
 
     def prepare(
@@ -304,22 +344,26 @@ class Worker:
         self, group: InputGroup, numbers: Sequence[int], prepared: PreparedGroup
     ) -> list[PieceResult]:
         """Quantize some of the pieces into which a group's rows are cut."""
-        settings, weights, prepared = self.settings, self._weights(group), prepared.to(self.device)
-        pieces = self._pieces(group)
+        settings, prepared = self.settings, prepared.to(self.device)
+        pieces = self.pieces(group)
         return [
             quantize_piece(
-                settings.quantizer, piece, piece.rows_of(weights), prepared, settings.qep
-            )
-            for piece in (pieces[number] for number in numbers)
+                settings.quantizer,
+                pieces[number],
+                self.rows(pieces[number]),
+                prepared,
+                settings.qep,
+            ).map_results(QuantizationResult.narrowed)
+            for number in numbers
         ]
 
     def join(
         self, group: InputGroup, preparation: Preparation, *parts: Sequence[PieceResult]
     ) -> tuple[dict[str, QuantizationResult], GroupReceipt]:
         """Put a group together from its pieces."""
-        pieces = [piece for part in parts for piece in part]
+        pieces = [piece.map_results(QuantizationResult.widened) for part in parts for piece in part]
         results, fallbacks = join_pieces(group.layer_names, pieces)
-        return results, GroupReceipt(
+        return {name: result.narrowed() for name, result in results.items()}, GroupReceipt(
             layers={name: _numbers(result) for name, result in results.items()},
             fallbacks=fallbacks,
             num_tokens=preparation.num_tokens,
@@ -328,13 +372,18 @@ class Worker:
             received_bytes=preparation.received_bytes,
         )
 
-    def _pieces(self, group: InputGroup) -> list[RowPiece]:
+    def pieces(self, group: InputGroup) -> list[RowPiece]:
+        """The pieces of rows that a group is solved in."""
         return group_pieces(self.settings.quantizer, group, self.device.type)
 
-    def _weights(self, group: InputGroup) -> dict[str, Tensor]:
-        stored = {n: self.skeleton.tensor_name(f"{n}.weight") for n in group.layer_names}
-        tensors = self.settings.source.read(stored.values(), dtype=self.settings.dtype)
-        return {name: tensors[key].to(self.device).float() for name, key in stored.items()}
+    def rows(self, piece: RowPiece) -> dict[str, Tensor]:
+        """Weights of a piece, float32, by layer name: no more than these is read."""
+        rows = {}
+        for part in piece.ranges:
+            stored = self.skeleton.tensor_name(f"{part.layer_name}.weight")
+            read = self.settings.source.read_rows(stored, part.start, part.stop)
+            rows[part.layer_name] = read.to(self.settings.dtype).to(self.device).float()
+        return rows
 
     # Finished blocks
 
@@ -346,7 +395,7 @@ class Worker:
             num_groups: Groups of the block.
             *parts: Results of each group, by layer name; then the receipt of each.
         """
-        merged = {name: result for part in parts[:num_groups] for name, result in part.items()}
+        merged = {n: result.widened() for part in parts[:num_groups] for n, result in part.items()}
         self.export(block_index, merged)
         journal = block_events(block_index, parts[num_groups:])
         self.settings.run.write_block(block_index, merged, journal)

@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from onecomp.models.calls import BlockCall, record_calls
+from onecomp.models.dependencies import DataFlow
 from onecomp.models.skeleton import Skeleton
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,26 @@ class BlockLayout:
     index: int
     name: str
     groups: tuple[InputGroup, ...]
+    dependencies: tuple[frozenset[int], ...] | None = None
+    """For each group, those whose quantized weights its input depends on; None: all before it."""
+
+    @cached_property
+    def stages(self) -> list[list[InputGroup]]:
+        """Groups that do not depend on each other, behind those that they depend on.
+
+        >>> groups = tuple(InputGroup(0, i, (f"layer.{i}",), 8, (8,)) for i in range(3))
+        >>> block = BlockLayout(0, "block", groups, (frozenset(), frozenset(), frozenset({0, 1})))
+        >>> [[group.index for group in stage] for stage in block.stages]
+        [[0, 1], [2]]
+        """
+        levels: list[int] = []
+        for index, _ in enumerate(self.groups):
+            behind = range(index) if self.dependencies is None else self.dependencies[index]
+            levels.append(1 + max((levels[i] for i in behind), default=-1))
+        stages: list[list[InputGroup]] = [[] for _ in range(1 + max(levels, default=-1))]
+        for group, level in zip(self.groups, levels, strict=True):
+            stages[level].append(group)
+        return stages
 
     def short_names(self, group: InputGroup) -> list[str]:
         """Layer names relative to the block."""
@@ -82,10 +104,7 @@ def inspect_model(skeleton: Skeleton, targets: Collection[str]) -> ModelLayout:
         targets: Full names of the layers to quantize, all of them inside blocks.
     """
     calls, returns_tuple = _probe_calls(skeleton)
-    blocks = tuple(
-        BlockLayout(i, skeleton.block_name(i), _find_groups(skeleton, i, call, targets))
-        for i, call in enumerate(calls)
-    )
+    blocks = tuple(_inspect_block(skeleton, i, call, targets) for i, call in enumerate(calls))
     last = max((b.index for b in blocks if b.groups), default=-1)
     return ModelLayout(blocks[: last + 1], len(blocks), returns_tuple)
 
@@ -118,24 +137,46 @@ def _returns_tuple(block: nn.Module, hidden: Tensor, call: BlockCall) -> bool:
         return isinstance(block(hidden.to("meta"), *call.args, **call.kwargs), tuple)
 
 
-def _find_groups(
-    skeleton: Skeleton, index: int, call: BlockCall, targets: Collection[str]
-) -> tuple[InputGroup, ...]:
-    block, block_name = skeleton.blocks[index], skeleton.block_name(index)
-    seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that no identity is reused
+@dataclass
+class _Observed:
+    """Input groups while the block is run: their tensor, their layers, what they depend on."""
 
-    def note(name: str, tensor: Tensor) -> None:
-        for known, names in seen:
+    flow: DataFlow
+    inputs: list[Tensor] = field(default_factory=list)  # held, so that no identity is reused
+    names: list[list[str]] = field(default_factory=list)
+    behind: list[frozenset[str]] = field(default_factory=list)
+
+    def note_input(self, name: str, tensor: Tensor) -> None:
+        for known, names in zip(self.inputs, self.names, strict=True):
             if known is tensor:
                 names.append(name)
                 return
-        seen.append((tensor, [name]))
+        self.inputs.append(tensor)
+        self.names.append([name])
+        self.behind.append(self.flow.names(tensor))
 
-    handles = [
-        module.register_forward_pre_hook(lambda _m, args, name=name: note(name, args[0]))
-        for short, module in block.named_modules()
-        if (name := f"{block_name}.{short}") in targets
-    ]
+    def dependencies(self) -> tuple[frozenset[int], ...]:
+        """For each group, the groups that it depends on."""
+        group_of = {name: index for index, names in enumerate(self.names) for name in names}
+        return tuple(frozenset(group_of[name] for name in names) for names in self.behind)
+
+
+def _inspect_block(
+    skeleton: Skeleton, index: int, call: BlockCall, targets: Collection[str]
+) -> BlockLayout:
+    block, block_name = skeleton.blocks[index], skeleton.block_name(index)
+    observed = _Observed(DataFlow())
+    handles = []
+    for short, module in block.named_modules():
+        if (name := f"{block_name}.{short}") in targets:
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda _m, args, name=name: observed.note_input(name, args[0])
+                ),
+                module.register_forward_hook(
+                    lambda _m, _args, output, name=name: observed.flow.mark(output, name)
+                ),
+            ]
     hidden = torch.empty(
         1,
         PROBE_TOKENS,
@@ -144,15 +185,16 @@ def _find_groups(
         dtype=skeleton.dtype,
     )
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), observed.flow:
             call.run(block, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(
+    groups = tuple(
         InputGroup(index, position, tuple(names), *_features(skeleton.model, names))
-        for position, (_, names) in enumerate(seen)
+        for position, names in enumerate(observed.names)
     )
+    return BlockLayout(index, block_name, groups, observed.dependencies())
 
 
 def _features(model: nn.Module, names: list[str]) -> tuple[int, tuple[int, ...]]:

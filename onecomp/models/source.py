@@ -153,6 +153,19 @@ class ModelSource:
             tensors.update(_read_file(path, members))
         return {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
 
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows ``first`` to ``last - 1`` of a tensor, as they are stored, on the CPU.
+
+        Raises:
+            InputError: A name that no file holds, or a file that cannot be read.
+        """
+        path = self._file_of(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice(name)[first:last]
+        except (SafetensorError, OSError) as error:
+            raise InputError(path, f"cannot be read ({error}).") from error
+
     def _file_of(self, name: str) -> Path:
         if name not in self.tensor_files:
             raise InputError(

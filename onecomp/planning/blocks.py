@@ -150,6 +150,7 @@ def _block_shape(
         num_parameters=sum(parameter.numel() for parameter in parameters),
         num_matrix_weights=sum(p.numel() for p in parameters if p.ndim > 1),
         num_fused_weights=sum(p.numel() for p in parameters if p.ndim > 2),
+        dependencies=traces[TRACED_TOKENS[0]].dependencies,
     )
 
 

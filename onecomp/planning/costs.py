@@ -7,7 +7,7 @@ calls.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 
 from onecomp.errors import ConfigError
@@ -19,8 +19,15 @@ from onecomp.planning.methods import MethodShape
 from onecomp.planning.operations import Work
 from onecomp.planning.shapes import BlockShape, ModelShape, TextShape
 from onecomp.qep.config import QEPConfig
-from onecomp.quantizer.pieces import row_tile
-from onecomp.schedule import DIRECT_SENDERS, are_added_on_the_way, few_rows, is_worth_splitting
+from onecomp.quantizer.pieces import even_cuts, row_tile
+from onecomp.schedule import (
+    DIRECT_SENDERS,
+    GroupCost,
+    are_added_on_the_way,
+    blocks_in_flight,
+    few_rows,
+    is_worth_splitting,
+)
 
 PHASES = ("read", "forward", "sums", "merge", "factor", "correct", "search", "solve", "write")
 
@@ -151,7 +158,7 @@ class UnitCosts:
     def _observe_group(self, unit: Unit) -> WorkByPhase:
         group = unit.group
         forward = self._forward(unit, group.index) * self.num_streams
-        if self.sends_rows(group, len(unit.block.groups)):
+        if self.sends_rows(group, self.num_at_once(unit.block, group)):
             return {"forward": forward}
         sums = ops.sums(group, unit.tokens, corrected=self.is_corrected(group))
         return {"forward": forward, "sums": sums}
@@ -170,6 +177,28 @@ class UnitCosts:
         text = self.text
         return 0 if text is None else text.most_shards(self.num_workers) * text.shard_tokens
 
+    def num_at_once(self, block: BlockShape, group: InputGroup) -> int:
+        """Groups that are quantized at the same time as this one, itself included."""
+        return len(block.groups) if self.qep is None else block.stage_size(group)
+
+    @cached_property
+    def blocks_in_flight(self) -> int:
+        """Blocks that are begun before the oldest is finished."""
+        if self.qep is not None or self.text is None:
+            return 1
+        return max(
+            blocks_in_flight([self._group_cost(kind, g) for g in kind.groups], self.num_workers)
+            for kind in self.model.kinds
+        )
+
+    def _group_cost(self, kind: BlockShape, group: InputGroup) -> GroupCost:
+        """Seconds in place of multiplications; all pieces alike."""
+        rows = sum(group.out_features)
+        count = len(even_cuts(rows, self.row_tile(group))) if self.is_split(group) else 1
+        solved_s = self.seconds("quantize_pieces", Unit(kind, group))
+        prepare_s = self.seconds("prepare", Unit(kind, group))
+        return GroupCost(prepare_s, (solved_s / count,) * count)
+
     def sends_rows(self, group: InputGroup, num_groups: int) -> bool:
         """Whether the inputs of one of so many groups are sent instead of their sums."""
         few = few_rows(group, num_groups, self.num_workers)
@@ -180,16 +209,14 @@ class UnitCosts:
 
     def _prepare(self, unit: Unit) -> WorkByPhase:
         group = unit.group
-        read = ops.read(group.num_weights, self._stored_bytes_each, ops.FLOAT_BYTES)
         if not self.method.has_hessian:
-            return {"read": read}
+            return {}
         corrected = self.is_corrected(group)
         prepared = {
-            "read": read,
             "merge": ops.merge(group, unit.num_parts - 1, corrected=corrected),
             "factor": ops.factor(group),
         }
-        if self.sends_rows(group, len(unit.block.groups)):
+        if self.sends_rows(group, self.num_at_once(unit.block, group)):
             tokens = unit.tokens or self.text.num_tokens
             prepared["sums"] = ops.sums(group, tokens, corrected=corrected)
         return prepared
@@ -203,7 +230,9 @@ class UnitCosts:
 
     def _quantize_pieces(self, unit: Unit) -> WorkByPhase:
         group, rows = unit.group, unit.rows
+        num_weights = rows * group.in_features
         solved = {
+            "read": ops.read(num_weights, self._stored_bytes_each, ops.FLOAT_BYTES),
             "search": ops.search(group, rows, self.method),
             "solve": ops.solve(group, rows, self.method, self.row_tile(group)),
         }

@@ -134,7 +134,8 @@ class Estimate:
     def _group_unit(self, kind: BlockShape, group: InputGroup, num_rows: int | None = None) -> Unit:
         num_parts = 1
         if self.costs.text is not None:
-            num_parts = sum(self.costs.num_contributions(group, len(kind.groups)))
+            at_once = self.costs.num_at_once(kind, group)
+            num_parts = sum(self.costs.num_contributions(group, at_once))
         return Unit(kind, group, num_rows=num_rows, num_parts=num_parts)
 
     # Time
@@ -210,7 +211,7 @@ class Estimate:
 
     def sums_sent_bytes(self, kind: BlockShape, group: InputGroup) -> Amount:
         """Contributions to a group's sums that have to leave a worker, at least."""
-        return self._memory_model.least_sent_bytes(group, len(kind.groups))
+        return self._memory_model.least_sent_bytes(kind, group)
 
     @property
     def cost(self) -> Amount | None:

@@ -121,13 +121,14 @@ class MemoryModel:
                 yield from self._observing(kind)
 
     def _held_always(self, kind: BlockShape) -> dict[str, Amount]:
-        """Streams, kept twice while the next ones are made, and copies of the block's weights."""
+        """Streams in front of every block in flight and behind one, and the block's weights."""
         model, num_streams = self.costs.model, self.costs.num_streams
         if self.costs.text is None:
             return {}
         stream = self.costs.most_tokens * model.hidden_size * model.dtype_bytes * num_streams
         weights = kind.num_parameters * model.dtype_bytes * (1 + num_streams)
-        return {"hidden states": 2 * stream, "weights of blocks": weights}
+        copies = 1 + self.costs.blocks_in_flight
+        return {"hidden states": copies * stream, "weights of blocks": weights}
 
     def _embedding(self) -> Moment:
         model = self.costs.model
@@ -158,7 +159,8 @@ class MemoryModel:
     def _sums_held_bytes(self, kind: BlockShape, group: InputGroup) -> Amount:
         """Nodes of the summation tree that wait for others, and what is made of a micro-batch."""
         text, corrected = self.costs.text, self.costs.is_corrected(group)
-        shards, num_groups = text.most_shards(self.costs.num_workers), len(kind.groups)
+        shards = text.most_shards(self.costs.num_workers)
+        num_groups = self.costs.num_at_once(kind, group)
         each = self.costs.contribution_bytes(group, num_groups)
         if self.costs.sends_rows(group, num_groups):
             return shards * each
@@ -180,9 +182,10 @@ class MemoryModel:
             parts["rows being solved"] = tile
             return Moment(f"quantizing {short_name(group)}", parts)
         corrected = costs.is_corrected(group)
-        num_parts = 0 if costs.text is None else costs.num_received(group, len(kind.groups))
+        at_once = costs.num_at_once(kind, group)
+        num_parts = 0 if costs.text is None else costs.num_received(group, at_once)
         total = ops.sums_bytes(group, corrected=corrected)
-        received = num_parts * costs.contribution_bytes(group, len(kind.groups))
+        received = num_parts * costs.contribution_bytes(group, at_once)
         parts["sums"] = received + total * (num_parts > 1)
         parts["Hessian and factor"] = square * (1 + corrected + FACTOR_MATRICES)
         solving = square * (1 + corrected + PREPARED_MATRICES) + tile
@@ -203,8 +206,9 @@ class MemoryModel:
         """What was made and waits to be used: contributions, what pieces share, results."""
         split = [group for group in self._groups() if self.costs.is_split(group)]
         prepared = max(map(self.costs.prepared_bytes, split), default=0.0)
-        in_flight = 1 if self.costs.qep is not None else 2
-        return self._largest_contributions() + prepared + in_flight * self._largest_results()
+        in_flight = self.costs.blocks_in_flight
+        results = max(2, in_flight) * self._largest_results()
+        return min(2, in_flight) * self._largest_contributions() + in_flight * prepared + results
 
     def _groups(self) -> list[InputGroup]:
         return [group for kind in self.costs.model.kinds for group in kind.groups]
@@ -214,7 +218,7 @@ class MemoryModel:
         if not self.costs.method.has_hessian:
             return 0.0
         by_block = [
-            [self.group_sent_bytes(group, len(kind.groups)) for group in kind.groups]
+            [self.group_sent_bytes(kind, group) for group in kind.groups]
             for kind in self.costs.model.kinds
         ]
         pick = max if self.costs.qep is not None else sum
@@ -225,13 +229,15 @@ class MemoryModel:
             sum(map(self.costs.results_bytes, kind.groups)) for kind in self.costs.model.kinds
         )
 
-    def group_sent_bytes(self, group: InputGroup, num_groups: int) -> Amount:
+    def group_sent_bytes(self, kind: BlockShape, group: InputGroup) -> Amount:
         """Contributions to a group's sums, wherever they go."""
+        num_groups = self.costs.num_at_once(kind, group)
         counts = self.costs.num_contributions(group, num_groups)
         return sum(counts) * self.costs.contribution_bytes(group, num_groups)
 
-    def least_sent_bytes(self, group: InputGroup, num_groups: int) -> Amount:
+    def least_sent_bytes(self, kind: BlockShape, group: InputGroup) -> Amount:
         """What has to leave a worker: rows of all but the owner, or a contribution of each."""
+        num_groups = self.costs.num_at_once(kind, group)
         counts = self.costs.num_contributions(group, num_groups)
         is_rows = self.costs.sends_rows(group, num_groups)
         number = sum(counts) - max(counts) if is_rows else sum(map(bool, counts)) - 1
@@ -245,13 +251,12 @@ class MemoryModel:
         results = sum(map(self.costs.results_bytes, kind.groups))
         if self.costs.text is None:
             return {"results": results}
-        count = len(kind.groups)
         split = [group for group in kind.groups if self.costs.is_split(group)]
-        sent = sum(self.group_sent_bytes(group, count) for group in kind.groups)
+        sent = sum(self.group_sent_bytes(kind, group) for group in kind.groups)
         return {
             "sums": sent * others / self.costs.num_workers,
             "sums, the least possible": sum(
-                self.least_sent_bytes(group, count) for group in kind.groups
+                self.least_sent_bytes(kind, group) for group in kind.groups
             ),
             "factors": others * sum(map(self.costs.prepared_bytes, split)),
             "results": results * (others if self.costs.qep is not None else 1),

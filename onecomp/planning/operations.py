@@ -15,8 +15,10 @@ from onecomp.planning.methods import MethodShape
 from onecomp.planning.shapes import BlockShape, Linear
 
 FLOAT_BYTES = 4
+SENT_CODE_BYTES = 1
+"""Of a code on its way from the owner to whoever applies or stores it."""
 CODE_BYTES = 4
-"""Codes travel as int32, from the owner to whoever applies or stores them."""
+"""Codes are int32 while they are made and packed."""
 SCALE_BYTES = 4
 """A scale and a zero point in float16."""
 EVALUATION_KERNELS = 10
@@ -180,13 +182,13 @@ def solve(group: InputGroup, num_rows: Amount, method: MethodShape, tile: int) -
 
 def apply(group: InputGroup, dtype_bytes: int) -> Work:
     """Quantized weights put into the block."""
-    return Work(memory_bytes=group.num_weights * (CODE_BYTES + 5 * FLOAT_BYTES + dtype_bytes))
+    return Work(memory_bytes=group.num_weights * (SENT_CODE_BYTES + 5 * FLOAT_BYTES + dtype_bytes))
 
 
 def results_bytes(group: InputGroup, method: MethodShape) -> Amount:
     """Results as they travel and wait to be stored."""
     scales = method.num_scales(group.in_features) * sum(group.out_features)
-    return CODE_BYTES * group.num_weights + SCALE_BYTES * scales
+    return SENT_CODE_BYTES * group.num_weights + SCALE_BYTES * scales
 
 
 def stored_result_bytes(group: InputGroup, method: MethodShape) -> Amount:

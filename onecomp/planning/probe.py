@@ -30,7 +30,6 @@ from onecomp.planning.costs import PHASES, Unit, UnitCosts, WorkByPhase, added
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer import Quantizer
 from onecomp.quantizer.grid import fit_grid
-from onecomp.quantizer.pieces import even_cuts, row_tile
 from onecomp.statistics import GroupStatistics, total
 from onecomp.store import RunDirectory
 from onecomp.worker import Worker, WorkerSettings
@@ -199,7 +198,7 @@ def _measure(worker: Worker, costs: UnitCosts) -> dict[str, Amount]:
         _measure_parts(worker, group, contributions, costs, watch)
         if costs.text is not None:
             with watch.time("merge"):
-                worker.apply(group.index, found)
+                worker.apply([group.index], found)
         results.append(found)
         receipts.append(receipt)
     if costs.text is not None:
@@ -233,9 +232,10 @@ def _measure_parts(
     worker: Worker, group: InputGroup, contributions: list, costs: UnitCosts, watch: Stopwatch
 ) -> None:
     """Once more, what the observation and the quantization of a group consist of."""
-    weights = worker._weights(group)
+    pieces = [torch.cat([*worker.rows(piece).values()]) for piece in worker.pieces(group)]
     with watch.time("search"):
-        _search(torch.cat(list(weights.values())), costs)
+        for rows in pieces:
+            _search(rows, costs)
     if not costs.method.has_hessian:
         return
     settings, names = worker.settings, list(group.layer_names)
@@ -249,8 +249,8 @@ def _measure_parts(
     if prepared.delta is not None:
         factor = prepared.factors.at(settings.qep.percdamp)
         with watch.time("correct"):
-            for weight in weights.values():
-                corrected_weight(weight, prepared.delta, factor, settings.qep.perccorr)
+            for rows in pieces:
+                corrected_weight(rows, prepared.delta, factor, settings.qep.perccorr)
     _measure_sums(worker, group, costs, watch)
 
 
@@ -264,18 +264,18 @@ def _measure_sums(worker: Worker, group: InputGroup, costs: UnitCosts, watch: St
             GroupStatistics.of(rows, original)
 
 
-def _search(weight: torch.Tensor, costs: UnitCosts) -> None:
-    method, columns = costs.method, weight.shape[1]
+def _search(rows: torch.Tensor, costs: UnitCosts) -> None:
+    method, columns = costs.method, rows.shape[1]
     size = columns if method.groupsize == -1 else method.groupsize
-    importance = torch.ones(columns // size, size, device=weight.device)
-    for first, last in even_cuts(len(weight), row_tile(weight.device, columns)):
-        fit_grid(
-            weight[first:last].T.reshape(-1, size, last - first),
-            wbits=method.wbits,
-            sym=method.sym,
-            search=method.search,
-            importance=importance if method.is_weighted else None,
-        )
+    fit_grid(
+        rows.T.reshape(-1, size, len(rows)),
+        wbits=method.wbits,
+        sym=method.sym,
+        search=method.search,
+        importance=torch.ones(columns // size, size, device=rows.device)
+        if method.is_weighted
+        else None,
+    )
 
 
 def _by_phase(seconds: Mapping[str, Amount]) -> dict[str, Amount]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from onecomp.calibration.shards import LEAST_SHARD_TOKENS, MAX_SHARDS, MICRO_BATCH_TOKENS
-from onecomp.models.layout import InputGroup
+from onecomp.models.layout import BlockLayout, InputGroup
 from onecomp.planning.amounts import Amount
 
 
@@ -54,6 +54,17 @@ class BlockShape:
     """Parameters in matrices and larger tensors; the rest are norms and biases."""
     num_fused_weights: int
     """Parameters in tensors of three dimensions, which the engine does not quantize."""
+    dependencies: tuple[frozenset[int], ...] | None = None
+    """As in ``BlockLayout``."""
+
+    @cached_property
+    def _stage_sizes(self) -> dict[int, int]:
+        stages = BlockLayout(0, "", self.groups, self.dependencies).stages
+        return {group.index: len(stage) for stage in stages for group in stage}
+
+    def stage_size(self, group: InputGroup) -> int:
+        """Groups, itself included, that do not depend on each other."""
+        return self._stage_sizes[group.index]
 
     @property
     def count(self) -> int:

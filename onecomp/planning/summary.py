@@ -35,18 +35,18 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """What the reader should know."""
-        estimate = self.estimate
-        rates = f"{estimate.costs.hardware.source}; --probe measures those of this machine"
+        costs = self.estimate.costs
+        rates = f"{costs.hardware.source}; --probe measures those of this machine"
         if self.measured is not None:
             rates = "measured on this machine"
-        notes = [*estimate.costs.model.notes, f"Rates: {rates}."]
-        if estimate.costs.text is None:
+        notes = [*costs.model.notes, f"Rates: {rates}."]
+        if costs.text is None:
             return [*notes, "The method reads no calibration text."]
         rows = [
             short_name(group)
-            for kind in estimate.costs.model.kinds
+            for kind in costs.model.kinds
             for group in kind.groups
-            if estimate.costs.sends_rows(group, len(kind.groups))
+            if costs.sends_rows(group, costs.num_at_once(kind, group))
         ]
         if rows:
             names = ", ".join(dict.fromkeys(rows))

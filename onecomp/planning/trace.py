@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from onecomp.models.calls import BlockCall
+from onecomp.models.dependencies import DataFlow
 from onecomp.planning.amounts import Amount
 
 
@@ -39,6 +40,8 @@ class Trace:
     """Behind the last stop."""
     peak_bytes: Amount
     """Most that exists at any moment, the block's own input left out."""
+    dependencies: tuple[frozenset[int], ...]
+    """For each stop, those in front of layers that its input depends on."""
 
 
 class _LiveStorages(TorchDispatchMode):
@@ -88,10 +91,12 @@ class _Stops:
 
     live: _LiveStorages
     counter: FlopCounterMode
+    flow: DataFlow
     inputs: list["weakref.ref[Tensor]"] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     counted: list[Amount] = field(default_factory=list)
     held_bytes: list[int] = field(default_factory=list)
+    behind: list[frozenset[str]] = field(default_factory=list)
 
     def note(self, name: str, tensor: Tensor) -> None:
         """A layer is called."""
@@ -103,13 +108,16 @@ class _Stops:
         self.names.append([name])
         self.counted.append(self.counter.get_total_flops())
         self.held_bytes.append(self.live.live_bytes())
+        self.behind.append(self.flow.names(tensor))
 
     def trace(self) -> Trace:
         """What was collected, when the pass is over."""
         ends = [*self.counted, self.counter.get_total_flops()]
         parts = [after - before for before, after in zip([0, *ends], ends, strict=False)]
         stops = zip(map(tuple, self.names), parts, self.held_bytes, strict=False)
-        return Trace(tuple(Stop(*stop) for stop in stops), parts[-1], self.live.peak_bytes)
+        stop_of = {name: index for index, names in enumerate(self.names) for name in names}
+        behind = tuple(frozenset(stop_of[name] for name in names) for names in self.behind)
+        return Trace(tuple(Stop(*stop) for stop in stops), parts[-1], self.live.peak_bytes, behind)
 
 
 def trace_block(
@@ -127,14 +135,20 @@ def trace_block(
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_product}
     )
-    stops = _Stops(live, counter)
-    handles = [
-        module.register_forward_pre_hook(lambda _m, args, name=name: stops.note(name, args[0]))
-        for name, module in block.named_modules()
-        if name in targets
-    ]
+    stops = _Stops(live, counter, DataFlow())
+    handles = []
+    for name, module in block.named_modules():
+        if name in targets:
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda _m, args, name=name: stops.note(name, args[0])
+                ),
+                module.register_forward_hook(
+                    lambda _m, _args, output, name=name: stops.flow.mark(output, name)
+                ),
+            ]
     try:
-        with torch.inference_mode(), counter, live:
+        with torch.inference_mode(), counter, live, stops.flow:
             call.run(block, hidden)
     finally:
         for handle in handles:

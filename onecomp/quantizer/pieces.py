@@ -22,8 +22,9 @@ CPU_TILE_WEIGHTS = 1 << 23
 take as long as its work on 60 to 250 rows: wider layers need fewer rows to outweigh them."""
 CUDA_TILE = 4096
 """There the calls weigh more."""
-FACTOR_COST = 1.5
-"""Of ``in ** 3``, measured: a Cholesky factor and its inverse run slower than a product."""
+FACTOR_COST = {"cpu": 1.5, "cuda": 0.15}
+"""Of ``in ** 3``: a Cholesky factor and its inverse run slower than a product (measured on CPUs).
+On GPUs solving columns is mostly calls of small kernels, so factors cost less beside it."""
 EDGE = 16
 """Edges are multiples of this many rows, as vectors of the processor are."""
 
@@ -89,14 +90,18 @@ def row_tile(device: torch.device | str, in_features: int) -> int:
 
 
 def even_cuts(num_rows: int, tile: int) -> list[tuple[int, int]]:
-    """Cut rows into as few even runs as the tile allows, none under 100 rows but a whole.
+    """Cut rows into about as few even runs as the tile allows, none under 100 rows but a whole.
+
+    More than eight become a multiple of eight, which is what nodes have of GPUs.
 
     >>> even_cuts(960, 512)
     [(0, 480), (480, 960)]
     >>> even_cuts(150, 16)
     [(0, 150)]
     """
-    count = max(1, min(-(-num_rows // tile), num_rows // (LEAST_ROWS + EDGE)))
+    count = -(-num_rows // tile)
+    count = -(-count // 8) * 8 if count > 8 else count
+    count = max(1, min(count, num_rows // (LEAST_ROWS + EDGE)))
     edges = [num_rows * i // count // EDGE * EDGE for i in range(count)]
     return list(pairwise([*edges, num_rows]))
 
@@ -125,12 +130,15 @@ def row_pieces(
     return [RowPiece(i, len(cut), in_features, ranges) for i, ranges in enumerate(cut)]
 
 
-def prepare_cost(quantizer: Quantizer, in_features: int, qep: QEPConfig | None) -> float:
+def prepare_cost(
+    quantizer: Quantizer, in_features: int, qep: QEPConfig | None, device_type: str = "cpu"
+) -> float:
     """Multiplications that take as long as making the factors of a group, as ``piece_cost``."""
     dampings = set(quantizer.dampings())
     if qep is not None and quantizer.flag_hessian:
         dampings.add(qep.percdamp)
-    return len(dampings) * FACTOR_COST * in_features**3
+    each = FACTOR_COST.get(device_type, FACTOR_COST["cuda"])
+    return len(dampings) * each * in_features**3
 
 
 def piece_cost(quantizer: Quantizer, piece: RowPiece, qep: QEPConfig | None) -> float:

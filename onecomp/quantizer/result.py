@@ -10,6 +10,8 @@ from torch import Tensor
 
 from onecomp.errors import ConfigError
 
+NARROW = {"int32": torch.uint8, "int64": torch.int32}
+"""Integers are sent and stored in these dtypes where every value fits."""
 AnyResult = TypeVar("AnyResult", bound="QuantizationResult")
 STATISTICS = (
     "quantization_time",
@@ -37,6 +39,8 @@ class QuantizationResult:
 
     types: ClassVar[dict[str, type["QuantizationResult"]]] = {}
     """Every result class by name; files name the class, and only these are restored."""
+    _sent_as: ClassVar[Mapping[str, torch.dtype]] = {}
+    """Dtypes of the fields that a narrowed result has in fewer bytes; its own attribute then."""
 
     dequantized_weight: Tensor | None = None
     """Stored weight of methods without codes; None where the weight is recomputed from codes."""
@@ -101,6 +105,18 @@ class QuantizationResult:
                 )
         return replace(first, **joined)
 
+    def narrowed(self: AnyResult) -> AnyResult:
+        """The same with integers in fewer bytes, for the way to another worker."""
+        tensors = {name: narrow(tensor) for name, tensor in self.tensors().items()}
+        small = replace(self, **tensors)
+        small._sent_as = {n: t.dtype for n, t in self.tensors().items() if tensors[n] is not t}
+        return small
+
+    def widened(self: AnyResult) -> AnyResult:
+        """The inverse of ``narrowed``."""
+        dtypes = self._sent_as
+        return replace(self, **{n: self.tensors()[n].to(dtype) for n, dtype in dtypes.items()})
+
     def get_statistics(self) -> dict[str, float | None]:
         """The seven scalar fields by name."""
         return {name: getattr(self, name) for name in STATISTICS}
@@ -137,3 +153,13 @@ class QuantizationResult:
 
 
 QuantizationResult.types[QuantizationResult.__name__] = QuantizationResult
+
+
+def narrow(tensor: Tensor) -> Tensor:
+    """Integers in fewer bytes where every value fits."""
+    dtype = NARROW.get(str(tensor.dtype)[6:])
+    if dtype is None or not tensor.numel():
+        return tensor
+    limits = torch.iinfo(dtype)
+    fits = limits.min <= tensor.min().item() and tensor.max().item() <= limits.max
+    return tensor.to(dtype) if fits else tensor

@@ -25,9 +25,18 @@ from onecomp.history import (
 )
 
 PHASES = {
-    "forward": ("hold", "begin_block", "observe", "observe_group", "apply", "finish_block"),
+    "forward": (
+        "hold",
+        "begin_block",
+        "observe",
+        "observe_group",
+        "observe_ahead",
+        "observe_group_ahead",
+        "apply",
+        "finish_block",
+    ),
     "sums": ("merge",),
-    "quantize": ("quantize", "prepare", "quantize_piece", "join"),
+    "quantize": ("quantize", "prepare", "quantize_pieces", "join"),
     "files": ("store", "export", "export_outer"),
     "handing over": ("give", "take"),
     "replay": ("rewind", "replay_block"),

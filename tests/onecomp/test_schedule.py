@@ -2,17 +2,21 @@ import pytest
 
 from onecomp.models.layout import BlockLayout, InputGroup
 from onecomp.schedule import (
+    MOST_BLOCKS_IN_FLIGHT,
+    GroupCost,
     Move,
     are_added_on_the_way,
+    are_worth_observing_ahead,
     assign_shards,
     balance,
+    blocks_in_flight,
     few_rows,
+    forward_cost,
     is_worth_splitting,
     longest_first,
     plan_groups,
-    preparation_cost,
     share_out,
-    solution_cost,
+    split_largest,
     useful_workers,
 )
 
@@ -92,9 +96,14 @@ def test_nobody_can_take_over_from_the_last_worker():
 # Groups
 
 
-def test_cost_is_two_thirds_n_cubed_and_one_product_per_row():
-    assert preparation_cost(group(10, 3, 4)) == pytest.approx(2 / 3 * 1000)
-    assert solution_cost(group(10, 3, 4)) == 7 * 100
+def whole(cost: float) -> GroupCost:
+    return GroupCost(0.0, (cost,))
+
+
+def test_a_group_takes_its_preparation_and_all_its_pieces_and_at_least_one_of_them():
+    cost = GroupCost(3.0, (2.0, 4.0))
+    assert cost.total == 9.0
+    assert cost.longest == 7.0
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
@@ -114,13 +123,13 @@ def test_what_a_worker_has_to_do_already_counts():
 
 
 def test_a_group_that_is_not_split_is_its_owners_alone():
-    plans = plan_groups(BLOCK, [1, 1, 1, 1], alike(2))
+    plans = plan_groups([whole(cost) for cost in (2.0, 1.0, 3.0, 5.0)], alike(2))
     assert all(not plan.is_split for plan in plans)
-    assert [plan.owner for plan in plans] == [1, 1, 1, 0]
+    assert [plan.owner for plan in plans] == [1, 0, 1, 0]
 
 
 def test_pieces_of_a_split_group_go_to_everyone_alike():
-    [plan] = plan_groups([BLOCK[3]], [6], alike(3))
+    [plan] = plan_groups([GroupCost(5.0, (1.0,) * 6)], alike(3))
     assert plan.is_split
     assert sorted(number for numbers in plan.pieces.values() for number in numbers) == list(
         range(6)
@@ -131,9 +140,43 @@ def test_pieces_of_a_split_group_go_to_everyone_alike():
 def test_a_group_is_split_where_solving_takes_longer_than_sending():
     down_proj, gate_and_up = LLAMA_70B[3], LLAMA_70B[2]
     assert is_worth_splitting(gate_and_up, "cuda", corrected=True)
-    assert not is_worth_splitting(down_proj, "cuda", corrected=False)
+    assert is_worth_splitting(down_proj, "cuda", corrected=False)
+    assert not is_worth_splitting(group(2048, 2048), "cuda", corrected=False)
     assert is_worth_splitting(down_proj, "cpu", corrected=False)
     assert not is_worth_splitting(group(64, 64), "cpu", corrected=False)
+
+
+def test_only_groups_that_take_more_than_an_even_share_are_split():
+    large, small = GroupCost(1.0, (4.0, 4.0)), GroupCost(1.0, (1.0, 1.0))
+    assert split_largest([large, small], 2) == [large, GroupCost(1.0, (2.0,))]
+    assert split_largest([small], 2) == [small]
+    assert split_largest([small], 1) == [GroupCost(1.0, (2.0,))]
+    assert split_largest([large] * 9, 4) == [GroupCost(1.0, (8.0,))] * 9
+
+
+# Blocks and stages
+
+
+def test_as_many_blocks_are_in_flight_as_keep_everyone_busy_during_the_longest_chain():
+    block = [GroupCost(4.0, (4.0,) * 4), whole(4.0)]
+    counts = [blocks_in_flight(block, workers) for workers in (1, 2, 8, 10_000)]
+    assert counts[0] == 2
+    assert counts == sorted(counts)
+    assert counts[2] == 1 + 4  # 8 workers get through 24 in 3; the chain of 8, waiting, takes 12
+    assert counts[3] == MOST_BLOCKS_IN_FLIGHT
+    assert blocks_in_flight([], 4) == 2
+
+
+def test_stages_are_observed_ahead_where_that_saves_more_than_a_pass():
+    experts = [[whole(1.0)], [whole(1.0)] * 64]
+    assert are_worth_observing_ahead(experts, pass_cost=10.0, num_workers=8)
+    assert not are_worth_observing_ahead(experts, pass_cost=1000.0, num_workers=8)
+    assert not are_worth_observing_ahead(experts, pass_cost=10.0, num_workers=1)
+    assert not are_worth_observing_ahead([[whole(1.0)], [whole(9.0)]], 0.0, num_workers=8)
+
+
+def test_forward_passes_cost_less_beside_solvers_on_gpus():
+    assert forward_cost(100.0, "cuda") < forward_cost(100.0, "cpu") == 100.0
 
 
 # Sums
