@@ -18,7 +18,6 @@ from onecomp.schedule import (
     balance,
     is_worth_splitting,
     share_out,
-    useful_workers,
 )
 from onecomp.speeds import MeasuredSpeeds
 from onecomp.store import RunDirectory
@@ -73,7 +72,6 @@ class Crew:
         """What workers have got to quantize and not finished, in multiplications."""
         self._turn = itertools.count()
         self._lap_ended, self._lap_waited_s = time.monotonic(), 0.0
-        executor.limit(useful_workers(len(shards), self._blocks))
         executor.start(Worker, settings)
         self.members = list(executor.workers)
         self.held: dict[int, list[int]] = {worker: [] for worker in self.members}

@@ -7,13 +7,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from upath import UPath
 
 from onecomp.calibration import CalibrationSamples, prepare_calibration_samples
 from onecomp.calibration.config import SELF
-from onecomp.calibration.shards import cut_shards
+from onecomp.calibration.shards import CalibrationShard, cut_shards
 from onecomp.errors import InputError
 from onecomp.executor import Executor
 from onecomp.export.install import install_checkpoint
@@ -37,8 +38,10 @@ from onecomp.models import (
 )
 from onecomp.pipeline import quantize_model
 from onecomp.places import find_run, found_run_id, has_checkpoint_in_place, require_places
+from onecomp.planning.room import require_room
 from onecomp.progress import Progress
 from onecomp.quantizer import QuantizationResult, Quantizer
+from onecomp.schedule import useful_workers
 from onecomp.storage import AnyPath, open_path
 from onecomp.store import RUN_FILE, RunDirectory
 from onecomp.worker import WorkerSettings
@@ -151,6 +154,11 @@ class Session:
             return False
         return has_checkpoint_in_place(self.run, self.output)
 
+    @cached_property
+    def _shards(self) -> list[CalibrationShard]:
+        """The samples as workers will hold them."""
+        return [] if self.samples is None else cut_shards(self.samples, self.job.num_shards)
+
     def quantize(
         self,
         executor: Executor,
@@ -164,7 +172,15 @@ class Session:
             executor: Where the work runs; its owner stops it.
             report_progress: A bar on a terminal, a log line per block elsewhere.
             patience: When to give up on workers that are lost or hang.
+
+        Raises:
+            InputError: The run does not fit into what the executor has; nothing was changed.
         """
+        executor.limit(useful_workers(len(self._shards), self.layout.blocks))
+        require_room(
+            self.job, self.skeleton, self.samples, executor, self.run.path,
+            has_checkpoint=self.output is not None,
+        )  # fmt: skip
         with self.run.lease() as held:
             run = self._begin(held)
             with _end_noted(run):
@@ -183,14 +199,13 @@ class Session:
         reused = sum(block.index in finished for block in blocks)
         if reused:
             logger.info("%d of %d blocks are finished already", reused, len(blocks))
-        shards = [] if self.samples is None else cut_shards(self.samples, self.job.num_shards)
         run.append(
             "started", blocks=len(blocks), finished=reused, workers=executor.num_workers,
             executor=executor.describe(),
         )  # fmt: skip
         with Progress(len(blocks), reused, silent=not report_progress) as progress:
-            settings = self._settings(run, len(shards))
-            quantize_model(settings, shards, executor, progress, patience)
+            settings = self._settings(run, len(self._shards))
+            quantize_model(settings, self._shards, executor, progress, patience)
         run.require_lease()
         if self.output is not None:
             self._finish_checkpoint()
