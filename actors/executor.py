@@ -90,13 +90,17 @@ class RayExecutor(Executor):
         try:
             self._connected_here = connect(address, num_cpus=count.most if count else 1)
         except ClusterError as error:
-            raise InputError(address or "RAY_ADDRESS", f"{error} Check --address.") from error
+            raise InputError(address or "RAY_ADDRESS", str(error)) from error
         capacity = cluster_capacity()
         is_elastic = count is not None and count.least < count.most
         self._gpus = gpus_per_worker if may_have_gpus(capacity, is_elastic=is_elastic) else 0
         self._count = count or self._natural_count(capacity)
         self._start_timeout_s = start_timeout_s
-        self._require_room(capacity)
+        try:
+            self._require_room(capacity)
+        except ConfigError:
+            self._disconnect()
+            raise
         options = self._options(capacity)
         self._num_cpus = options.get("num_cpus", 0)
         self._pool = ActorPool(WorkerActor, options)
@@ -297,6 +301,9 @@ class RayExecutor(Executor):
         self._pool.stop()
         self._starting.clear()
         self._workers.clear()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._connected_here:
             disconnect()
 
