@@ -17,7 +17,7 @@ from onecomp.calibration.config import SELF
 from onecomp.calibration.shards import CalibrationShard, cut_shards
 from onecomp.errors import InputError
 from onecomp.executor import Executor
-from onecomp.export.install import install_checkpoint
+from onecomp.export.install import install_checkpoint, require_no_checkpoint
 from onecomp.export.save import CheckpointWriter, has_format
 from onecomp.job import (
     QuantizationJob,
@@ -37,7 +37,13 @@ from onecomp.models import (
     require_stored_tensors,
 )
 from onecomp.pipeline import quantize_model
-from onecomp.places import find_run, found_run_id, has_checkpoint_in_place, require_places
+from onecomp.places import (
+    find_run,
+    found_run_id,
+    has_checkpoint_in_place,
+    has_own_checkpoint,
+    require_places,
+)
 from onecomp.planning.room import require_room
 from onecomp.progress import Progress
 from onecomp.quantizer import QuantizationResult, Quantizer
@@ -81,6 +87,8 @@ class Session:
     ) -> "Session":
         """Check everything that can be checked before any worker starts.
 
+        What the same job has begun in the run directory goes on; if it ended, nothing is left.
+
         Args:
             job: What to make.
             run_dir: New, or begun by the same job; a local path or a URL, as ``output``.
@@ -94,7 +102,8 @@ class Session:
         """
         run, output = find_run(run_dir), None if output is None else open_path(output)
         require_free(run.path)
-        require_places(run, output, job.model_config.source, may_replace=overwrite)
+        may_be_done = not overwrite and has_own_checkpoint(run, output)
+        require_places(run, output, job.model_config.source, may_replace=overwrite or may_be_done)
         skeleton = _checked_skeleton(job)
         layout = find_layers(job.quantizer, skeleton)
         samples = samples or _samples(job, skeleton)
@@ -103,9 +112,12 @@ class Session:
         begin_anew = overwrite or not run.exists
         if not begin_anew:
             require_same_identity(run.path, run.record(), job.record(samples))
-        return cls(
+        session = cls(
             job, run, skeleton, layout, samples, output, begin_anew, overwrite, evaluation_text
         )
+        if may_be_done and not session.is_finished:
+            require_no_checkpoint(output)
+        return session
 
     @classmethod
     def reopen(cls, run_dir: str | Path | UPath) -> "Session":
