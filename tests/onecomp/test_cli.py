@@ -154,43 +154,6 @@ def test_resume_makes_up_for_evaluations_that_were_cut_off(model, small, text, t
     assert again["perplexity"] == quantized["perplexity"]
 
 
-def changes(directory: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
-
-
-def test_a_repeated_command_of_a_finished_run_has_nothing_to_do(
-    model, small, text, tmp_path, caplog
-):
-    """As a script that is run again, or a job that is tried again."""
-    command = ["quantize", model, "--output", tmp_path / "out", "--quantizer", "rtn", *small]
-    done(*command)
-    before = changes(tmp_path)
-    with caplog.at_level(logging.INFO):
-        assert done(*command) == f"{tmp_path / 'out'}\n"
-    assert "nothing is left to do" in caplog.text
-    assert changes(tmp_path) == before
-    assert done(*command, "--eval", text) == f"{tmp_path / 'out'}\n"
-    assert len(events(tmp_path / "out.run", "evaluation")) == 2
-    assert len(events(tmp_path / "out.run", "finished")) == 1
-    before = changes(tmp_path)
-    said = refused(*command, "--wbits", 3)
-    assert f"{tmp_path / 'out.run'}: belongs to another configuration (" in said
-    assert "quantizer.wbits: 4 -> 3)" in said
-    assert changes(tmp_path) == before
-
-
-def test_a_checkpoint_that_its_run_has_not_finished_is_kept(copied, model, small):
-    """As with --overwrite, killed before its first block: what is there is an older checkpoint."""
-    run = copied.with_name("out.run")
-    record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(record | {"output": str(copied), "overwrite": True}))
-    (run / "blocks" / "00001.safetensors").unlink()
-    before = contents(copied.parent)
-    said = refused("quantize", model, "--output", copied, *small)
-    assert f"error: {copied}: already holds a checkpoint." in said
-    assert contents(copied.parent) == before
-
-
 def test_the_dtype_is_the_checkpoints_and_the_text_can_be_the_models_own(model, tmp_path):
     output = tmp_path / "out"
     options = ["--dtype", "bfloat16", "--calibration-dataset", "self", "--num-workers", 0]
