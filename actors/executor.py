@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from ray import ObjectRef
 
+from actors.resources import resources_of
 from actors.source import source_digest
 from actors.worker import WorkerActor
 from cluster.connect import (
@@ -17,6 +18,7 @@ from cluster.connect import (
     worker_runtime_environment,
 )
 from cluster.errors import ActorLostError, ClusterError
+from cluster.memory import memory_of_nodes
 from cluster.metrics import Meters
 from cluster.nodes import (
     Capacity,
@@ -28,6 +30,7 @@ from cluster.nodes import (
 from cluster.pool import ActorPool
 from onecomp.errors import ConfigError, InputError, OneCompError, WorkerError
 from onecomp.executor import Call, Executor, Place, Ref, WorkerCount
+from onecomp.resources import Resources
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +90,20 @@ class RayExecutor(Executor):
         try:
             self._connected_here = connect(address, num_cpus=count.most if count else 1)
         except ClusterError as error:
-            raise InputError(address or "RAY_ADDRESS", f"{error} Check --address.") from error
+            raise InputError(address or "RAY_ADDRESS", str(error)) from error
         capacity = cluster_capacity()
         is_elastic = count is not None and count.least < count.most
         self._gpus = gpus_per_worker if may_have_gpus(capacity, is_elastic=is_elastic) else 0
         self._count = count or self._natural_count(capacity)
         self._start_timeout_s = start_timeout_s
-        self._require_room(capacity)
-        self._pool = ActorPool(WorkerActor, self._options(capacity))
+        try:
+            self._require_room(capacity)
+        except ConfigError:
+            self._disconnect()
+            raise
+        options = self._options(capacity)
+        self._num_cpus = options.get("num_cpus", 0)
+        self._pool = ActorPool(WorkerActor, options)
         self._meters = Meters()
         self._recipe: list[ObjectRef] = []
         """What a worker is made of, and of what arguments."""
@@ -142,6 +151,11 @@ class RayExecutor(Executor):
         if most < self._count.most:
             logger.info("%d workers are enough for this job", most)
             self._count = WorkerCount(min(most, self._count.least), most)
+
+    def resources(self) -> Resources:
+        """What the nodes have free; nothing of memory if there are workers that hold some of it."""
+        nodes = [] if self._pool.numbers else memory_of_nodes()
+        return resources_of(nodes, self._count.least, num_cpus=self._num_cpus, num_gpus=self._gpus)
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
         """Ask for all workers and wait for the least; processes that are there make new objects."""
@@ -287,6 +301,9 @@ class RayExecutor(Executor):
         self._pool.stop()
         self._starting.clear()
         self._workers.clear()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._connected_here:
             disconnect()
 

@@ -124,8 +124,8 @@ def _join(found: Joinable) -> None:
             ray.shutdown()
             raise ClusterError(
                 f"The Ray cluster at {found.address!r} cannot be joined "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}). Is its node on this "
-                "machine alive, and in the same container?"
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). Check that its node on "
+                "this machine is alive, and in the same container as this process."
             ) from error
 
 

@@ -2,7 +2,10 @@
 
 
 class ClusterError(Exception):
-    """The cluster cannot be reached, or cannot give what was asked for."""
+    """The cluster cannot be reached, or cannot give what was asked for.
+
+    What ``connect`` raises ends with its remedy: whoever catches it need not add one.
+    """
 
 
 class ActorLostError(ClusterError):

@@ -1,7 +1,8 @@
 """Nodes of the connected cluster: what there is, what there can be, who leaves, who ran out."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +105,18 @@ def cluster_capacity() -> Capacity:
     """
     leaving = draining_nodes()
     alive = [node for node in ray.nodes() if node["Alive"]]
-    staying = tuple(_shape(node["Resources"]) for node in alive if node["NodeID"] not in leaving)
+    staying = tuple(shape_of(node["Resources"]) for node in alive if node["NodeID"] not in leaving)
     [head] = [node for node in alive if "node:__internal_head__" in node["Resources"]]
     session = ray.get_runtime_context().get_session_name()
     text = autoscaler_file(session)
     if text is None:
         text = _on_node(head["NodeID"], autoscaler_file, session)
     growth = None if text is None else growth_of(yaml.safe_load(text) or {})
-    return Capacity(staying, _shape(head["Resources"]), growth)
+    return Capacity(staying, shape_of(head["Resources"]), growth)
 
 
-def _shape(resources: Mapping[str, int | float]) -> NodeShape:
+def shape_of(resources: Mapping[str, int | float]) -> NodeShape:
+    """Of what Ray says that a node has."""
     return NodeShape(resources.get("CPU", 0), resources.get("GPU", 0))
 
 
@@ -158,7 +160,7 @@ def growth_of(configuration: Mapping[str, Any]) -> Growth | None:
         most = kind.get("max_workers", 0 if name == head else max_nodes)
         if most and not kind.get("resources"):
             return None
-        kinds.append((_shape(kind.get("resources", {})), most))
+        kinds.append((shape_of(kind.get("resources", {})), most))
     return Growth(tuple(kinds), max_nodes) if kinds else None
 
 
@@ -240,11 +242,28 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _on_node(node_id: str, function: Callable[..., Any], *arguments: object) -> Any:
     """What ``function`` returns on a node; None if it does not return within `ASK_SECONDS`."""
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ask_nodes([node_id], function, *arguments).get(node_id)
+
+
+def ask_nodes(
+    node_ids: Iterable[str],
+    function: Callable[..., Any],
+    *arguments: object,
+    timeout_s: int | float = ASK_SECONDS,
+) -> dict[str, Any]:
+    """What ``function`` returns on each node; without those that do not answer in time."""
     task = ray.remote(num_cpus=0, max_retries=0)(function)
-    ref = task.options(scheduling_strategy=strategy).remote(*arguments)
-    try:
-        return ray.get(ref, timeout=ASK_SECONDS)
-    except RayError:
+    asked = {}
+    for node_id in node_ids:
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        asked[task.options(scheduling_strategy=strategy).remote(*arguments)] = node_id
+    if not asked:
+        return {}
+    done, late = ray.wait([*asked], num_returns=len(asked), timeout=timeout_s)
+    for ref in late:
         ray.cancel(ref, force=True)
-        return None
+    answers = {}
+    for ref in done:
+        with contextlib.suppress(RayError):
+            answers[asked[ref]] = ray.get(ref, timeout=timeout_s)
+    return answers

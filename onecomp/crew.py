@@ -23,7 +23,6 @@ from onecomp.schedule import (
     forward_cost,
     share_out,
     split_largest,
-    useful_workers,
 )
 from onecomp.speeds import MeasuredSpeeds
 from onecomp.store import RunDirectory
@@ -78,7 +77,6 @@ class Crew:
         """Block in front of which the shards are when all calls are done."""
         self._turn = itertools.count()
         self._lap_ended, self._lap_waited_s = time.monotonic(), 0.0
-        executor.limit(useful_workers(len(shards), self._blocks))
         executor.start(Worker, settings)
         self.members = list(executor.workers)
         self.dispatch = Dispatch(self.later, lambda: self.speeds.of(self.members))

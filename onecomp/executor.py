@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 
 from onecomp.errors import ConfigError
+from onecomp.resources import Resources, resources_here
 
 MOST_THREADS = 16
 """Each worker thread holds a copy of the block that is worked on."""
@@ -97,6 +98,10 @@ class Executor(ABC):
 
     def limit(self, most: int) -> None:  # noqa: B027 - a fixed number is limited already
         """Say, before ``start``, that more workers than this would have nothing to do."""
+
+    def resources(self) -> Resources | None:
+        """What there is, before ``start``, for the least number of workers; None if not known."""
+        return None
 
     @abstractmethod
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
@@ -229,6 +234,10 @@ class LocalExecutor(Executor):
     def workers(self) -> list[int]:
         """All of them, from the beginning to the end."""
         return list(range(self._count))
+
+    def resources(self) -> Resources:
+        """What this process has."""
+        return resources_here(num_workers=self._count)
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
         """Make every worker on a thread of its own."""

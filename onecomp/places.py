@@ -72,6 +72,13 @@ def has_checkpoint_in_place(run: RunDirectory, output: AnyPath | None) -> bool:
     return output is None or ((output / CONFIG).is_file() and not run.checkpoint.exists())
 
 
+def has_own_checkpoint(run: RunDirectory, output: AnyPath | None) -> bool:
+    """Whether the output is the run's, as far as its record knows, and all in its place."""
+    if output is None or not run.exists or run.record().get("output") != str(output):
+        return False
+    return has_checkpoint_in_place(run, output)
+
+
 def _wrote_part_of(run: RunDirectory, output: AnyPath) -> bool:
     """Whether the output holds what the run put there: all of it once, or some when it ended."""
     if (output / CONFIG).exists() or not run.exists or run.record()["output"] != str(output):

@@ -7,16 +7,17 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from upath import UPath
 
 from onecomp.calibration import CalibrationSamples, prepare_calibration_samples
 from onecomp.calibration.config import SELF
-from onecomp.calibration.shards import cut_shards
+from onecomp.calibration.shards import CalibrationShard, cut_shards
 from onecomp.errors import InputError
 from onecomp.executor import Executor
-from onecomp.export.install import install_checkpoint
+from onecomp.export.install import install_checkpoint, require_no_checkpoint
 from onecomp.export.save import CheckpointWriter, has_format
 from onecomp.job import (
     QuantizationJob,
@@ -36,9 +37,17 @@ from onecomp.models import (
     require_stored_tensors,
 )
 from onecomp.pipeline import quantize_model
-from onecomp.places import find_run, found_run_id, has_checkpoint_in_place, require_places
+from onecomp.places import (
+    find_run,
+    found_run_id,
+    has_checkpoint_in_place,
+    has_own_checkpoint,
+    require_places,
+)
+from onecomp.planning.room import require_room
 from onecomp.progress import Progress
 from onecomp.quantizer import QuantizationResult, Quantizer
+from onecomp.schedule import useful_workers
 from onecomp.storage import AnyPath, open_path
 from onecomp.store import RUN_FILE, RunDirectory
 from onecomp.worker import WorkerSettings
@@ -78,6 +87,8 @@ class Session:
     ) -> "Session":
         """Check everything that can be checked before any worker starts.
 
+        What the same job has begun in the run directory goes on; if it ended, nothing is left.
+
         Args:
             job: What to make.
             run_dir: New, or begun by the same job; a local path or a URL, as ``output``.
@@ -91,7 +102,8 @@ class Session:
         """
         run, output = find_run(run_dir), None if output is None else open_path(output)
         require_free(run.path)
-        require_places(run, output, job.model_config.source, may_replace=overwrite)
+        may_be_done = not overwrite and has_own_checkpoint(run, output)
+        require_places(run, output, job.model_config.source, may_replace=overwrite or may_be_done)
         skeleton = _checked_skeleton(job)
         layout = find_layers(job.quantizer, skeleton)
         samples = samples or _samples(job, skeleton)
@@ -100,9 +112,12 @@ class Session:
         begin_anew = overwrite or not run.exists
         if not begin_anew:
             require_same_identity(run.path, run.record(), job.record(samples))
-        return cls(
+        session = cls(
             job, run, skeleton, layout, samples, output, begin_anew, overwrite, evaluation_text
         )
+        if may_be_done and not session.is_finished:
+            require_no_checkpoint(output)
+        return session
 
     @classmethod
     def reopen(cls, run_dir: str | Path | UPath) -> "Session":
@@ -151,6 +166,11 @@ class Session:
             return False
         return has_checkpoint_in_place(self.run, self.output)
 
+    @cached_property
+    def _shards(self) -> list[CalibrationShard]:
+        """The samples as workers will hold them."""
+        return [] if self.samples is None else cut_shards(self.samples, self.job.num_shards)
+
     def quantize(
         self,
         executor: Executor,
@@ -164,7 +184,15 @@ class Session:
             executor: Where the work runs; its owner stops it.
             report_progress: A bar on a terminal, a log line per block elsewhere.
             patience: When to give up on workers that are lost or hang.
+
+        Raises:
+            InputError: The run does not fit into what the executor has; nothing was changed.
         """
+        executor.limit(useful_workers(len(self._shards), self.layout.blocks))
+        require_room(
+            self.job, self.skeleton, self.samples, executor, self.run.path,
+            has_checkpoint=self.output is not None,
+        )  # fmt: skip
         with self.run.lease() as held:
             run = self._begin(held)
             with _end_noted(run):
@@ -183,14 +211,13 @@ class Session:
         reused = sum(block.index in finished for block in blocks)
         if reused:
             logger.info("%d of %d blocks are finished already", reused, len(blocks))
-        shards = [] if self.samples is None else cut_shards(self.samples, self.job.num_shards)
         run.append(
             "started", blocks=len(blocks), finished=reused, workers=executor.num_workers,
             executor=executor.describe(),
         )  # fmt: skip
         with Progress(len(blocks), reused, silent=not report_progress) as progress:
-            settings = self._settings(run, len(shards))
-            quantize_model(settings, shards, executor, progress, patience)
+            settings = self._settings(run, len(self._shards))
+            quantize_model(settings, self._shards, executor, progress, patience)
         run.require_lease()
         if self.output is not None:
             self._finish_checkpoint()

@@ -135,6 +135,7 @@ def _block_shape(
             tokens: trace_block(block, calls[tokens][first], _hidden(skeleton, tokens), names)
             for tokens in TRACED_TOKENS
         }
+        stretches = _stretches(traces)
     except CONFIG_ERRORS as error:
         raise _not_runnable(skeleton, prefix.rstrip("."), error) from error
     stops = traces[TRACED_TOKENS[0]].stops
@@ -145,7 +146,7 @@ def _block_shape(
             _group(skeleton, first, position, [prefix + name for name in stop.layer_names])
             for position, stop in enumerate(stops)
         ),
-        stretches=_stretches(traces),
+        stretches=stretches,
         passing_bytes=_line([trace.peak_bytes for trace in traces.values()]),
         num_parameters=sum(parameter.numel() for parameter in parameters),
         num_matrix_weights=sum(p.numel() for p in parameters if p.ndim > 1),

@@ -1,16 +1,15 @@
 """Whether a run fits, and which setting to change if it does not."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import psutil
-import torch
 
 from onecomp.errors import InputError
-from onecomp.planning.amounts import Amount
+from onecomp.planning.amounts import Amount, size
 from onecomp.planning.estimate import Estimate
 from onecomp.planning.hardware import GIB, HardwareTable
+from onecomp.resources import Resources, WorkerResources
 
 LEAST_SAMPLES = 16
 LEAST_LENGTH = 256
@@ -19,59 +18,24 @@ NUM_REMEDIES = 3
 
 
 @dataclass(frozen=True)
-class WorkerResources:
-    """What one process of workers has for itself; bytes, None where it is not known."""
-
-    name: str
-    """For messages: ``worker 3 on node 10.0.0.7``."""
-    device_memory: Amount | None
-    """Free memory of its GPU; None without one."""
-    host_memory: Amount | None
-    """Its share of what the node has free."""
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What there is; bytes, None where it is not known."""
-
-    workers: tuple[WorkerResources, ...]
-    object_store: Amount | None = None
-    """Of the node that has least."""
-    run_disk: Amount | None = None
-    """Free where the run directory is."""
-
-
-@dataclass(frozen=True)
-class Shortage:
-    """Something that a run needs more of than there is."""
+class Comparison:
+    """Something that a run needs, and what there is of it."""
 
     needs: str
     """What, and where: ``GPU memory per worker``."""
     holder: str
-    """Who has too little: ``the smallest GPU``."""
+    """Who has least: ``the smallest GPU``."""
     needed: Amount
     available: Amount
+
+    @property
+    def is_short(self) -> bool:
+        """Whether there is too little."""
+        return self.needed > self.available
 
     def __str__(self) -> str:
         needed, available = self.needed / GIB, self.available / GIB
         return f"needs {needed:.1f} GiB of {self.needs}, {self.holder} has {available:.1f} GiB"
-
-
-def free_disk(path: Path) -> int:
-    """Free bytes where a directory is or will be."""
-    existing = next(place for place in [path, *path.parents] if place.exists())
-    return psutil.disk_usage(str(existing)).free
-
-
-def resources_here(run_dir: Path | None = None) -> Resources:
-    """What this process has: its GPU, this machine's memory, the disk of the run directory."""
-    device_memory = None
-    if torch.cuda.is_available():
-        device_memory, _ = torch.cuda.mem_get_info()
-    return Resources(
-        (WorkerResources("this process", device_memory, psutil.virtual_memory().available),),
-        run_disk=None if run_dir is None else free_disk(run_dir),
-    )
 
 
 def resources_of_kind(estimate: Estimate) -> Resources:
@@ -86,33 +50,47 @@ def resources_of_kind(estimate: Estimate) -> Resources:
     return Resources((worker,))
 
 
-def shortages(estimate: Estimate, resources: Resources) -> list[Shortage]:
-    """Everything that a run needs more of than there is."""
-    memory = estimate.memory
-    devices = {w.name: w.device_memory for w in resources.workers}
-    hosts = {w.name: w.host_memory for w in resources.workers}
-    needs = "memory" if estimate.settings.in_process else "host memory per worker"
-    found = [
-        _shortage("GPU memory per worker", "GPU", memory.device_bytes, devices.items()),
-        _shortage(needs, "host", memory.host_bytes, hosts.items()),
-        _shortage(
-            "object store", "node", memory.object_store_bytes, [("", resources.object_store)]
-        ),
-        _shortage("run directory", "disk", memory.run_disk_bytes, [("", resources.run_disk)]),
+def compare(estimate: Estimate, resources: Resources) -> list[Comparison]:
+    """Everything that a run needs and of which it is known how much there is."""
+    memory, store = estimate.memory, resources.object_store
+    devices = [(w.name, w.device_memory) for w in resources.workers]
+    hosts = [(w.name, w.host_memory) for w in resources.workers]
+    spilled = None if store is None else store + resources.spill_disk
+    stored_in = "object store and spill disk" if resources.spill_disk else "object store"
+    compared = [
+        _comparison("GPU memory per worker", "GPU", memory.device_bytes, devices),
+        _comparison(_host_memory(estimate), "host", memory.host_bytes, hosts),
+        _comparison(stored_in, "node", memory.object_store_bytes, [("", spilled)]),
+        _comparison("run directory", "disk", memory.run_disk_bytes, [("", resources.run_disk)]),
     ]
-    return [shortage for shortage in found if shortage is not None]
+    return [comparison for comparison in compared if comparison is not None]
 
 
-def _shortage(
+def _host_memory(estimate: Estimate) -> str:
+    return "memory" if estimate.settings.in_process else "host memory per worker"
+
+
+def _comparison(
     needs: str, holder: str, needed: Amount, available: Iterable[tuple[str, Amount | None]]
-) -> Shortage | None:
-    """What the one that has least lacks."""
-    known = [(size, name) for name, size in available if size is not None]
-    if not known or needed <= min(known)[0]:
+) -> Comparison | None:
+    """With the one that has least; None if nothing is needed, or nothing known."""
+    known = [(amount, name) for name, amount in available if amount is not None]
+    if not known or not needed:
         return None
-    size, name = min(known)
+    least, name = min(known)
     place = f" ({name})" if name else ""
-    return Shortage(needs, f"the smallest {holder}{place}", needed, size)
+    return Comparison(needs, f"the smallest {holder}{place}", needed, least)
+
+
+def shortages(estimate: Estimate, resources: Resources) -> list[Comparison]:
+    """Everything that a run needs more of than there is."""
+    return [comparison for comparison in compare(estimate, resources) if comparison.is_short]
+
+
+def in_one_line(compared: Iterable[Comparison]) -> str:
+    """What a run needs and what there is, for the log."""
+    parts = (f"{size(c.needed)} of {size(c.available)} {c.needs}" for c in compared)
+    return ", ".join(parts)
 
 
 def require_fit(
@@ -144,7 +122,7 @@ def remedies(
     if not lacks:
         return []
     found = []
-    for changes in _changes(estimate):
+    for changes in _changes(estimate, lacks):
         for text, changed in changes:
             if not shortages(changed, resources):
                 found.append(f"{text} ({_needed(changed)})")
@@ -170,8 +148,8 @@ def _larger_devices(estimate: Estimate, table: HardwareTable) -> list[str]:
 Change = tuple[str, Estimate]
 
 
-def _changes(estimate: Estimate) -> Iterator[Iterator[Change]]:
-    """Ways to need less, each from the smallest change on."""
+def _changes(estimate: Estimate, lacks: Collection[str]) -> Iterator[Iterator[Change]]:
+    """Ways to need less of what it lacks, each from the smallest change on."""
     text = estimate.costs.text
     if text is not None:
         yield _halved(
@@ -182,8 +160,8 @@ def _changes(estimate: Estimate) -> Iterator[Iterator[Change]]:
             estimate, "--max-length", text.length, LEAST_LENGTH,
             lambda number: replace(text, length=number),
         )  # fmt: skip
-    if not estimate.settings.in_process:
-        yield _more_workers(estimate)
+    if not estimate.settings.in_process and _host_memory(estimate) not in lacks:
+        yield _more_workers(estimate)  # each with a GPU of its own; memory of a host is shared
     if estimate.costs.qep is not None:
         yield iter([("--no-qep", _with_costs(estimate, qep=None))])
 

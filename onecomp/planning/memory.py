@@ -12,6 +12,7 @@ from onecomp.planning import operations as ops
 from onecomp.planning.amounts import Amount
 from onecomp.planning.costs import UnitCosts
 from onecomp.planning.shapes import BlockShape
+from onecomp.resources import CUDA_CONTEXT_BYTES
 
 MIB = 2**20
 PROCESS_BYTES = 575 * MIB
@@ -24,8 +25,6 @@ SHARED_HEAP_SHARE = 0.25
 """The same where several workers have one process: their worst moments are not the same."""
 LARGE_SHARE = 0.1
 """The same of large tensors."""
-CUDA_CONTEXT_BYTES = 600 * MIB
-"""Device memory that a CUDA process takes for itself."""
 CUDA_HOST_BYTES = 2500 * MIB
 """Host memory of a process that uses CUDA, its libraries included."""
 FACTOR_MATRICES = 5

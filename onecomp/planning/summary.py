@@ -5,12 +5,13 @@ from pathlib import Path
 
 from onecomp.planning.costs import Unit
 from onecomp.planning.estimate import Estimate
-from onecomp.planning.fit import Resources, free_disk, remedies, resources_of_kind, shortages
+from onecomp.planning.fit import remedies, resources_of_kind, shortages
 from onecomp.planning.hardware import HardwareTable, load_table
 from onecomp.planning.memory import names_in_block, short_name
 from onecomp.planning.probe import Measured
 from onecomp.planning.request import Place, Request, make_estimate, probed
 from onecomp.planning.shapes import BlockShape
+from onecomp.resources import Resources, free_disk
 
 
 @dataclass(frozen=True)

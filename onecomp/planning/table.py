@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onecomp.log import format_duration
-from onecomp.planning.amounts import Amount
+from onecomp.planning.amounts import Amount, size
 from onecomp.planning.estimate import Estimate
 from onecomp.planning.memory import Moment, short_name
 from onecomp.planning.summary import Plan
@@ -147,15 +147,3 @@ def count(number: Amount) -> str:
         if number >= 10**power:
             return f"{number / 10**power:.3g} {prefix}"
     return f"{number:.3g} "
-
-
-def size(num_bytes: Amount) -> str:
-    """Bytes with a binary prefix.
-
-    >>> size(131.2 * 2**30)
-    '131.2 GiB'
-    """
-    for power, prefix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if num_bytes >= 2**power:
-            return f"{num_bytes / 2**power:.1f} {prefix}"
-    return f"{num_bytes:.0f} B"

@@ -9,7 +9,6 @@ import torch
 from shared_cluster import NUM_WORKERS, Clerk
 
 from actors.executor import RayExecutor, may_have_gpus, ray_is_wanted
-from cluster.errors import ClusterError
 from cluster.nodes import Capacity, Growth, NodeShape
 from onecomp.errors import ConfigError, InputError, LayerError, WorkerError
 from onecomp.executor import default_executor
@@ -202,11 +201,10 @@ def test_every_port_of_a_local_cluster_is_on_the_loopback_device(clerks):
     assert clerks.fetch(clerks.submit(0, "node_address")) == ["127.0.0.1"]
 
 
-def test_a_cluster_that_does_not_answer_is_bad_input(monkeypatch):
-    def connect(address: str, *, num_cpus: int) -> bool:
-        raise ClusterError(f"Nothing listens at {address!r}.")
-
-    monkeypatch.setattr("actors.executor.connect", connect)
+@pytest.mark.usefixtures("ray_executor")
+def test_a_cluster_that_cannot_be_joined_is_bad_input_with_one_remedy():
     with pytest.raises(InputError) as caught:
-        RayExecutor(1, address="head:6379")
-    assert str(caught.value) == "head:6379: Nothing listens at 'head:6379'. Check --address."
+        RayExecutor(1, address="127.0.0.1:9")
+    message = str(caught.value)
+    assert message.startswith("127.0.0.1:9: This process is already in the Ray cluster at ")
+    assert message.endswith(" as well. Leave out the address, or start another process.")

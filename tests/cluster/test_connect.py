@@ -31,8 +31,12 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 40}
 VERSIONS = {"ray_version": ray.__version__, "python_version": sys.version.split()[0]}
 
 
+REMEDIES = ("Check ", "Give ", "Install ", "Leave out ", "Set ", "Start ")
+"""How a sentence begins that says what to do."""
+
+
 def refusal(address: str) -> str:
-    """The message for ``address``, which is one line and comes in time."""
+    """The message for ``address``: one line, in time, with one remedy at its end."""
     started = time.monotonic()
     with pytest.raises(ClusterError) as caught:
         require_cluster(address)
@@ -40,6 +44,8 @@ def refusal(address: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith(".")
+    sentences = message.split(". ")
+    assert [s.startswith(REMEDIES) for s in sentences] == [False] * (len(sentences) - 1) + [True]
     return message
 
 

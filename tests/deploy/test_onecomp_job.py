@@ -58,7 +58,9 @@ def test_what_the_command_line_refuses_has_its_status(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_stops_a_run_that_can_be_resumed(tiny_model_dir, tmp_path):
+@pytest.mark.parametrize("again", ["resume", "the same command"])
+def test_sigterm_stops_a_run_that_can_be_resumed(tiny_model_dir, tmp_path, again):
+    """By hand, or by what tries a job again, which may even do so when it has succeeded."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(sample_text(1000))
     words = ["quantize", tiny_model_dir("llama", num_layers=40), "--output", out]
@@ -76,8 +78,13 @@ def test_sigterm_stops_a_run_that_can_be_resumed(tiny_model_dir, tmp_path):
         in (errors)
     )
     assert not (out / "config.json").exists()
-    process = run(tmp_path, "resume", f"{out}.run", "--num-workers", 0)
+    words = ["resume", f"{out}.run"] if again == "resume" else words
+    process = run(tmp_path, *words, "--num-workers", 0)
     errors = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 0, errors
     assert "block   1/40" not in errors
     assert (out / "config.json").exists()
+    process = run(tmp_path, *words, "--num-workers", 0)
+    errors = process.communicate(timeout=SECONDS)[1]
+    assert process.returncode == 0, errors
+    assert "nothing is left to do" in errors

@@ -89,7 +89,8 @@ def test_run_and_checkpoint_may_both_lie_there(options, expected, s3):
     assert verified["ok"]
     again = CliRunner().invoke(app, [*options, "--output", str(s3 / "out"), "--wbits", "3"])
     assert again.exit_code == 2
-    assert f"error: {s3}out: already holds a checkpoint." in again.stderr
+    assert f"error: {s3}out.run: belongs to another configuration (" in again.stderr
+    assert "quantizer.wbits: 4 -> 3" in again.stderr
     finish(*options, "--output", s3 / "out", "--wbits", "3", "--overwrite", "--num-workers", "0")
     assert names(s3 / "out") == [*expected]
     assert contents(s3 / "out") != expected

@@ -10,11 +10,8 @@ from onecomp.errors import InputError
 from onecomp.job import QuantizationJob
 from onecomp.models import ModelConfig
 from onecomp.planning.fit import (
-    Resources,
-    WorkerResources,
     remedies,
     require_fit,
-    resources_here,
     resources_of_kind,
     shortages,
 )
@@ -22,6 +19,7 @@ from onecomp.planning.hardware import load_table
 from onecomp.planning.request import Place, estimate_job
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ
+from onecomp.resources import Resources, WorkerResources, resources_here
 from onecomp.session import Session
 
 GIB = 2**30
