@@ -94,6 +94,8 @@ def nodes(
     """
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     head = {"num_cpus": head_cpus, "include_dashboard": False, "_system_config": FAST}
+    os.environ["RAY_TMPDIR"] = folder  # Ray notes there which cluster is the machine's last one,
+    Path(folder, "ray").mkdir()  # in a directory that has to exist
     ray_cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": folder})
     try:
         added = [ray_cluster.add_node(temp_dir=folder, **shape) for shape in shapes]
@@ -104,6 +106,7 @@ def nodes(
     finally:
         ray.shutdown()
         ray_cluster.shutdown()
+        del os.environ["RAY_TMPDIR"]
         shutil.rmtree(folder, ignore_errors=True)
 
 

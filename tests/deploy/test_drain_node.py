@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
@@ -161,9 +164,11 @@ def drainer(nodes: Nodes, *options: str) -> Iterator[psutil.Popen]:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    (folder / "ray").mkdir()  # Ray expects it to be there
     process = psutil.Popen(
         [sys.executable, "-c", CLUSTER],
-        env=own_environment(),
+        env=own_environment(RAY_TMPDIR=str(folder)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -173,6 +178,7 @@ def nodes() -> Iterator[Nodes]:
             yield Nodes(process)
         finally:
             end(process)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.ray
