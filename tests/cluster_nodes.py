@@ -133,17 +133,20 @@ def ray_command(*arguments: str) -> None:
 
 
 @contextlib.contextmanager
-def started_head(*options: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def started_head(
+    *options: str, port: int | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """A head as ``ray start --head`` makes it, in processes of its own.
 
     Args:
         options: On top of a port, a folder for temporary files and one CPU.
+        port: Where it listens; by default any that is free.
         environment: On top of this process's variables.
 
     Yields:
         Its address.
     """
-    folder, port = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), free_port()
+    folder, port = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), port or free_port()
     command = [*RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={folder}"]
     with (
         subprocess.Popen(
