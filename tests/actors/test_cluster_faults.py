@@ -17,19 +17,24 @@ from cluster_nodes import (
     free_port,
     in_own_process,
     kill_node,
+    num_nodes,
     started_head,
     two_nodes,
+    wait_until,
 )
 from memory_limit import NEEDS_LIMITS, limit_process, memory_group
-from small_job import assert_same, make, settings, shards, small_skeleton
+from small_job import assert_same, make, samples, settings, shards, small_skeleton
 from tiny_models import save_tiny_model
+from worker_settings import worker_settings
 
 from actors.executor import RayExecutor
 from cluster.connect import connect
+from onecomp.calibration.shards import cut_shards
 from onecomp.errors import GaveUpError
 from onecomp.executor import LocalExecutor, WorkerCount
 from onecomp.losses import Patience
 from onecomp.qep import QEPConfig
+from onecomp.quantizer import GPTQ
 from onecomp.store import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -208,6 +213,40 @@ def grow(folder: str, address: str) -> None:
 def test_a_run_starts_with_the_least_and_grows_as_nodes_come(tmp_path):
     with growing_cluster(tmp_path) as address:
         in_own_process(grow, str(tmp_path), address, seconds=SECONDS)
+
+
+class Staying(RayExecutor):
+    """Keeps its workers when a run is over, for the next one."""
+
+    def stop(self) -> None:
+        pass
+
+    def end(self) -> None:
+        super().stop()
+
+
+def shrink(folder: str, address: str) -> None:
+    connect(address, num_cpus=1)
+    executor = Staying(WorkerCount(1, MOST_NODES))
+    executor.start(int)  # any objects
+    while len(executor.workers) < MOST_NODES:
+        executor.recruit(wait=True)
+    assert num_nodes(address) == 1 + MOST_NODES
+
+    skeleton = small_skeleton(lambda *a, **o: model_directory(*a, folder=folder, **o))
+    one_group = GPTQ(wbits=4, groupsize=64, include_layer_keywords=["down_proj"])
+    work = worker_settings(skeleton, one_group, None, 1, Path(folder, "run"))
+    make(work, executor, cut_shards(samples(2), 1))
+    assert len(changes(work.run.events("worker"), "joined")) == executor.num_workers == 1
+    wait_until(lambda: num_nodes(address) == 2, SECONDS)
+
+    executor.end()
+    wait_until(lambda: num_nodes(address) == 1, SECONDS)
+
+
+def test_nodes_go_when_a_run_cannot_use_them_and_when_it_is_over(tmp_path):
+    with growing_cluster(tmp_path) as address:
+        in_own_process(shrink, str(tmp_path), address, seconds=SECONDS)
 
 
 # The system kills for memory
