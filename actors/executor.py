@@ -248,8 +248,14 @@ class RayExecutor(Executor):
         return log_tail(place.node_id, place.worker_id, place.pid)
 
     def ran_out_of_memory(self, worker: int) -> bool:
-        """Whether the system of its machine has killed for memory since the worker began."""
+        """Whether the system of its machine has killed for memory since the worker began.
+
+        Workers that began later have told; if none of its node has, the node is asked.
+        """
         place = self._pool.places[worker]
+        neighbours = [p for p in self._pool.places.values() if p.node_id == place.node_id]
+        if any(neighbour.memory_kills > place.memory_kills for neighbour in neighbours):
+            return True
         kills = kernel_memory_kills_on(place.node_id)
         return kills is not None and kills > place.memory_kills
 

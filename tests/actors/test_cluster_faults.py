@@ -80,7 +80,7 @@ def after_blocks(run: Path, count: int, action: Callable[[], object]) -> Iterato
             time.sleep(0.05)
         action()
 
-    thread = threading.Thread(target=wait_and_act)
+    thread = threading.Thread(target=wait_and_act, daemon=True)
     thread.start()
     yield
     thread.join(SECONDS)
@@ -236,10 +236,13 @@ def shrink(folder: str, address: str) -> None:
     skeleton = small_skeleton(lambda *a, **o: model_directory(*a, folder=folder, **o))
     one_group = GPTQ(wbits=4, groupsize=64, include_layer_keywords=["down_proj"])
     work = worker_settings(skeleton, one_group, None, 1, Path(folder, "run"))
-    make(work, executor, cut_shards(samples(2), 1))
+    make(work, executor, cut_shards(samples(), 1))
     assert len(changes(work.run.events("worker"), "joined")) == executor.num_workers == 1
     wait_until(lambda: num_nodes(address) == 2, SECONDS)
 
+    executor.limit(2)  # of the next job
+    executor.start(int)
+    assert executor.recruit(wait=True)
     executor.end()
     wait_until(lambda: num_nodes(address) == 1, SECONDS)
 
@@ -269,12 +272,14 @@ def starve(folder: str, everyone: str) -> None:
                         break
 
         with after_blocks(Path(folder, "run"), 1, limit):
-            if everyone == "yes":
-                with pytest.raises(GaveUpError, match="They ran out of memory"):
-                    quantize(Path(folder), executor)
-            else:
-                assert len(changes(quantize(Path(folder), executor), "lost")) == 1
-            over.set()
+            try:
+                if everyone == "yes":
+                    with pytest.raises(GaveUpError, match="They ran out of memory"):
+                        quantize(Path(folder), executor)
+                else:
+                    assert len(changes(quantize(Path(folder), executor), "lost")) == 1
+            finally:
+                over.set()
         executor.stop()
 
 
