@@ -182,6 +182,7 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_drains_at_the_spot_notice_and_ends_when_it_is_idle(nodes, metadata):
     node = nodes.nodes[0]
     options = ("--node-id", node, "--cloud", "aws", "--metadata-url", metadata)
@@ -200,6 +201,7 @@ def test_a_node_drains_at_the_spot_notice_and_ends_when_it_is_idle(nodes, metada
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_drains_on_sigterm_until_its_deadline(nodes):
     node = nodes.nodes[1]
     with drainer(nodes, "--node-id", node, "--deadline-s", "3") as process:
@@ -213,6 +215,7 @@ def test_a_node_drains_on_sigterm_until_its_deadline(nodes):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_that_is_not_there_is_not_drained(nodes):
     with drainer(nodes, "--now", "--node-id", "ab" * 28) as process:
         assert process.wait(SECONDS) == 1
