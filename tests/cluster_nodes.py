@@ -94,6 +94,7 @@ def nodes(
     """
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     head = {"num_cpus": head_cpus, "include_dashboard": False, "_system_config": FAST}
+    outer = os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = folder  # Ray notes there which cluster is the machine's last one,
     Path(folder, "ray").mkdir()  # in a directory that has to exist
     ray_cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": folder})
@@ -106,7 +107,9 @@ def nodes(
     finally:
         ray.shutdown()
         ray_cluster.shutdown()
-        del os.environ["RAY_TMPDIR"]
+        os.environ.pop("RAY_TMPDIR", None)
+        if outer is not None:
+            os.environ["RAY_TMPDIR"] = outer
         shutil.rmtree(folder, ignore_errors=True)
 
 
