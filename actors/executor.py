@@ -94,7 +94,7 @@ class RayExecutor(Executor):
         capacity = cluster_capacity()
         is_elastic = count is not None and count.least < count.most
         self._gpus = gpus_per_worker if may_have_gpus(capacity, is_elastic=is_elastic) else 0
-        self._count = count or self._natural_count(capacity)
+        self._asked = self._count = count or self._natural_count(capacity)
         self._start_timeout_s = start_timeout_s
         try:
             self._require_room(capacity)
@@ -147,10 +147,11 @@ class RayExecutor(Executor):
     # Workers come and go
 
     def limit(self, most: int) -> None:
-        """Ask for no more than this."""
-        if most < self._count.most:
+        """Ask for no more than this when the next job starts, and let others go."""
+        least, asked = self._asked.least, self._asked.most
+        if most < asked:
             logger.info("%d workers are enough for this job", most)
-            self._count = WorkerCount(min(most, self._count.least), most)
+        self._count = WorkerCount(min(most, least), min(most, asked))
 
     def resources(self) -> Resources:
         """What the nodes have free; nothing of memory if there are workers that hold some of it."""
@@ -161,11 +162,20 @@ class RayExecutor(Executor):
         """Ask for all workers and wait for the least; processes that are there make new objects."""
         self._recipe = self._pool.share((make_worker, *arguments), self._count.most)
         self._workers.clear()
-        for number in self._pool.numbers or [self._pool.add() for _ in range(self._count.most)]:
+        self._starting.clear()
+        for number in self._wanted():
             self._begin(number)
         deadline = time.monotonic() + self._start_timeout_s
         while len(self._workers) < self._count.least:
             self._await_more(deadline)
+
+    def _wanted(self) -> list[int]:
+        """As many actors as are asked for, those with a place first; all others are gone."""
+        numbers = sorted(self._pool.numbers, key=lambda number: number not in self._pool.places)
+        for number in numbers[self._count.most :]:
+            self._pool.remove(number)
+        missing = self._count.most - len(numbers)
+        return numbers[: self._count.most] + [self._pool.add() for _ in range(missing)]
 
     def _begin(self, number: int) -> None:
         self._starting[number] = self._pool.make(
@@ -252,8 +262,14 @@ class RayExecutor(Executor):
         return log_tail(place.node_id, place.worker_id, place.pid)
 
     def ran_out_of_memory(self, worker: int) -> bool:
-        """Whether the system of its machine has killed for memory since the worker began."""
+        """Whether the system of its machine has killed for memory since the worker began.
+
+        Workers that began later have told; if none of its node has, the node is asked.
+        """
         place = self._pool.places[worker]
+        neighbours = [p for p in self._pool.places.values() if p.node_id == place.node_id]
+        if any(neighbour.memory_kills > place.memory_kills for neighbour in neighbours):
+            return True
         kills = kernel_memory_kills_on(place.node_id)
         return kills is not None and kills > place.memory_kills
 

@@ -14,8 +14,8 @@ from ray._private.state import state
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-ASK_SECONDS = 8
-"""For a task on another node, which may have to start a process for it."""
+ASK_SECONDS = 30
+"""For a task on another node, which may have to start a process for it beside busy ones."""
 TAIL_BYTES = 1 << 16
 RAYS_OWN_LINES = (":job_id:", ":actor_name:", ":task_name:")
 """Ray marks in a log whose lines follow."""

@@ -97,7 +97,7 @@ class Executor(ABC):
         return len(self.workers)
 
     def limit(self, most: int) -> None:  # noqa: B027 - a fixed number is limited already
-        """Say, before ``start``, that more workers than this would have nothing to do."""
+        """Say, before ``start``, that the job would leave more workers than this without work."""
 
     def resources(self) -> Resources | None:
         """What there is, before ``start``, for the least number of workers; None if not known."""

@@ -94,6 +94,9 @@ def nodes(
     """
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     head = {"num_cpus": head_cpus, "include_dashboard": False, "_system_config": FAST}
+    outer = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = folder  # Ray notes there which cluster is the machine's last one,
+    Path(folder, "ray").mkdir()  # in a directory that has to exist
     ray_cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": folder})
     try:
         added = [ray_cluster.add_node(temp_dir=folder, **shape) for shape in shapes]
@@ -104,6 +107,9 @@ def nodes(
     finally:
         ray.shutdown()
         ray_cluster.shutdown()
+        os.environ.pop("RAY_TMPDIR", None)
+        if outer is not None:
+            os.environ["RAY_TMPDIR"] = outer
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -130,17 +136,20 @@ def ray_command(*arguments: str) -> None:
 
 
 @contextlib.contextmanager
-def started_head(*options: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def started_head(
+    *options: str, port: int | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """A head as ``ray start --head`` makes it, in processes of its own.
 
     Args:
         options: On top of a port, a folder for temporary files and one CPU.
+        port: Where it listens; by default any that is free.
         environment: On top of this process's variables.
 
     Yields:
         Its address.
     """
-    folder, port = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), free_port()
+    folder, port = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), port or free_port()
     command = [*RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={folder}"]
     with (
         subprocess.Popen(

@@ -9,7 +9,9 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
+    RAY_worker_niceness="0",  # at Ray's 15 anything else on the machine starves the workers
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices, and processes side by side
 
 from collections.abc import Callable
 from pathlib import Path

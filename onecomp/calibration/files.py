@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -142,6 +141,8 @@ def data_files(directory: Path) -> list[Path]:
 
 
 def _read_saved_dataset(path: Path, config: CalibrationConfig) -> Iterator[str]:
+    import datasets  # noqa: PLC0415 - takes a second, and workers do not need it
+
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
         if config.dataset_split not in saved:
@@ -190,6 +191,8 @@ def _read_rows(
     path: Path, config: CalibrationConfig, builder: str, **options: str
 ) -> Iterator[str]:
     """Text of a file that one of the builders of ``datasets`` understands, streamed."""
+    import datasets  # noqa: PLC0415 - takes a second, and workers do not need it
+
     rows = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
     yield from column_texts(rows, config, path)
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
-import datasets
-from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError  # the base of the client's transport errors
 
 from onecomp.calibration.config import C4, SELF, WIKITEXT2, CalibrationConfig
@@ -118,6 +116,8 @@ def _cached(name: str) -> Path | None:
 
 def _read_hub(name: str, source: HubDataset, config: CalibrationConfig) -> Iterator[str]:
     """Documents of a Hub dataset, with its failures turned into errors that say what to do."""
+    import datasets  # noqa: PLC0415 - takes a second, and workers do not need it
+
     try:
         yield from column_texts(_hub_rows(source), config, name)
     except UserError:
@@ -128,11 +128,13 @@ def _read_hub(name: str, source: HubDataset, config: CalibrationConfig) -> Itera
             f"the Hub dataset {source.path} cannot be read: {error} Set dataset_subset, "
             "dataset_split or text_key, or give a local file.",
         ) from error
-    except (OSError, HTTPError, DatasetsError) as error:
+    except (OSError, HTTPError, datasets.exceptions.DatasetsError) as error:
         raise InputError(name, _unreachable(source, error)) from error
 
 
 def _hub_rows(source: HubDataset) -> Iterable[dict[str, object]]:
+    import datasets  # noqa: PLC0415 - takes a second, and workers do not need it
+
     return datasets.load_dataset(
         source.path,
         source.subset,

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError  # the base of the client's transport errors
 from jaxtyping import Int
 from torch import Tensor
@@ -108,12 +106,20 @@ def _hub_text(
 
 
 def _read_hub(source: HubText) -> list[str]:
+    import datasets  # noqa: PLC0415 - takes a second, and few runs need it
+
     # A dataset given by data files has the single split "train".
     is_c4 = source.dataset_name == "allenai/c4"
     which = {"data_files" if is_c4 else "name": source.dataset_config}
     try:
-        rows = load_dataset(source.dataset_name, split=source.split, **which)
-    except (OSError, ValueError, RuntimeError, HTTPError, DatasetsError) as error:
+        rows = datasets.load_dataset(source.dataset_name, split=source.split, **which)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        HTTPError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         # RuntimeError: a dataset that comes as code.
         raise InputError(
             source.dataset_name,

@@ -12,24 +12,38 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_namespaces import NEEDS_NAMESPACES, cut_network, namespaced_nodes
-from cluster_nodes import drain_node, in_own_process, kill_node, started_head, two_nodes
+from cluster_nodes import (
+    drain_node,
+    free_port,
+    in_own_process,
+    kill_node,
+    num_nodes,
+    started_head,
+    two_nodes,
+    wait_until,
+)
 from memory_limit import NEEDS_LIMITS, limit_process, memory_group
-from small_job import assert_same, make, settings, shards, small_skeleton
+from small_job import assert_same, make, samples, settings, shards, small_skeleton
 from tiny_models import save_tiny_model
+from worker_settings import worker_settings
 
 from actors.executor import RayExecutor
 from cluster.connect import connect
+from onecomp.calibration.shards import cut_shards
 from onecomp.errors import GaveUpError
 from onecomp.executor import LocalExecutor, WorkerCount
 from onecomp.losses import Patience
 from onecomp.qep import QEPConfig
+from onecomp.quantizer import GPTQ
 from onecomp.store import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SECONDS = 300
-HEAD_ID = "f" * 51 + "00000"
-"""What the node provider of Ray's own tests expects, see ``autoscaling``."""
+MOST_NODES = 3
+"""That the autoscaler starts beside the head."""
+HEAD_ID, HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"
+"""What the node provider of Ray's own tests takes for granted."""
 
 
 def model_directory(family: str = "llama", **options: object) -> Path:
@@ -66,7 +80,7 @@ def after_blocks(run: Path, count: int, action: Callable[[], object]) -> Iterato
             time.sleep(0.05)
         action()
 
-    thread = threading.Thread(target=wait_and_act)
+    thread = threading.Thread(target=wait_and_act, daemon=True)
     thread.start()
     yield
     thread.join(SECONDS)
@@ -136,13 +150,15 @@ def test_a_run_goes_on_when_a_node_loses_its_network(tmp_path):
 # Nodes are added
 
 
-def autoscaling(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Options and variables of a head whose autoscaler starts nodes on this machine."""
-    trainer = {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000}
+@contextmanager
+def growing_cluster(folder: Path) -> Iterator[str]:
+    """Address of a head without GPUs, whose autoscaler starts nodes with one on this machine."""
+    port = free_port()
     provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    trainer = {"CPU": 1, "GPU": 1, "object_store_memory": 100_000_000}
     config = {
         "cluster_name": "grown",
-        "max_workers": 3,
+        "max_workers": MOST_NODES,
         "provider": {
             "type": "external",
             "module": provider,
@@ -151,17 +167,16 @@ def autoscaling(folder: Path) -> tuple[list[str], dict[str, str]]:
             "launch_multiple": True,
             "use_node_id_as_ip": True,
             "head_node_id": HEAD_ID,
+            "gcs_address": f"127.0.0.1:{port}",
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-            "trainer": {
-                "resources": trainer, "node_config": {}, "min_workers": 0, "max_workers": 3,
-            },
+            HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "trainer": {"resources": trainer, "node_config": {}, "max_workers": MOST_NODES},
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "upscaling_speed": 10.0,
         "idle_timeout_minutes": 0.1,
-    }  # fmt: skip
+    }
     empty = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray",
              "worker_start_ray")  # fmt: skip
     config |= {f"{name}_commands": [] for name in empty}
@@ -170,22 +185,71 @@ def autoscaling(folder: Path) -> tuple[list[str], dict[str, str]]:
     path = folder / "cluster.yaml"
     path.write_text(yaml.safe_dump(config))
     variables = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-    return [f"--autoscaling-config={path}"], variables
+    option = f"--autoscaling-config={path}"
+    with started_head(option, port=port, environment=variables) as address:
+        yield address
+
+
+class HeldUp(RayExecutor):
+    """Waits in front of the third block until somebody has joined, or it would be over before."""
+
+    num_asked = 0
+
+    def recruit(self, *, wait: bool = False) -> list[int]:
+        self.num_asked += 1
+        is_time = self.num_asked > 2 and len(self.workers) < 2
+        return super().recruit(wait=wait or is_time)
 
 
 def grow(folder: str, address: str) -> None:
     connect(address, num_cpus=1)
-    executor = RayExecutor(WorkerCount(1, 3))
-    assert executor.describe().startswith("1 to 3 Ray workers (1 GPU each)")
-    events = quantize(Path(folder), executor, num_layers=24)
+    executor = HeldUp(WorkerCount(1, MOST_NODES + 1))  # one more than can ever come
+    assert executor.describe().startswith("1 to 4 Ray workers (1 GPU each)")
+    events = quantize(Path(folder), executor)
     joined = changes(events, "joined")
     assert len({event["node"] for event in joined}) == len(joined) >= 2
 
 
 def test_a_run_starts_with_the_least_and_grows_as_nodes_come(tmp_path):
-    options, variables = autoscaling(tmp_path)
-    with started_head(*options, environment=variables) as address:
+    with growing_cluster(tmp_path) as address:
         in_own_process(grow, str(tmp_path), address, seconds=SECONDS)
+
+
+class Staying(RayExecutor):
+    """Keeps its workers when a run is over, for the next one."""
+
+    def stop(self) -> None:
+        pass
+
+    def end(self) -> None:
+        super().stop()
+
+
+def shrink(folder: str, address: str) -> None:
+    connect(address, num_cpus=1)
+    executor = Staying(WorkerCount(1, MOST_NODES))
+    executor.start(int)  # any objects
+    while len(executor.workers) < MOST_NODES:
+        executor.recruit(wait=True)
+    assert num_nodes(address) == 1 + MOST_NODES
+
+    skeleton = small_skeleton(lambda *a, **o: model_directory(*a, folder=folder, **o))
+    one_group = GPTQ(wbits=4, groupsize=64, include_layer_keywords=["down_proj"])
+    work = worker_settings(skeleton, one_group, None, 1, Path(folder, "run"))
+    make(work, executor, cut_shards(samples(), 1))
+    assert len(changes(work.run.events("worker"), "joined")) == executor.num_workers == 1
+    wait_until(lambda: num_nodes(address) == 2, SECONDS)
+
+    executor.limit(2)  # of the next job
+    executor.start(int)
+    assert executor.recruit(wait=True)
+    executor.end()
+    wait_until(lambda: num_nodes(address) == 1, SECONDS)
+
+
+def test_nodes_go_when_a_run_cannot_use_them_and_when_it_is_over(tmp_path):
+    with growing_cluster(tmp_path) as address:
+        in_own_process(shrink, str(tmp_path), address, seconds=SECONDS)
 
 
 # The system kills for memory
@@ -208,12 +272,14 @@ def starve(folder: str, everyone: str) -> None:
                         break
 
         with after_blocks(Path(folder, "run"), 1, limit):
-            if everyone == "yes":
-                with pytest.raises(GaveUpError, match="They ran out of memory"):
-                    quantize(Path(folder), executor)
-            else:
-                assert len(changes(quantize(Path(folder), executor), "lost")) == 1
-            over.set()
+            try:
+                if everyone == "yes":
+                    with pytest.raises(GaveUpError, match="They ran out of memory"):
+                        quantize(Path(folder), executor)
+                else:
+                    assert len(changes(quantize(Path(folder), executor), "lost")) == 1
+            finally:
+                over.set()
         executor.stop()
 
 

@@ -55,6 +55,15 @@ def changes(run: Path, change: str) -> list[dict]:
     return [event for event in RunDirectory(run).events("worker") if event["change"] == change]
 
 
+@pytest.mark.usefixtures("traps")
+def test_an_error_of_the_model_is_no_loss(skeleton, crew, tmp_path):
+    work = settings(skeleton, QEPConfig(), tmp_path / "run")
+    broken = [replace(shard, input_ids=shard.input_ids + 10**6) for shard in shards()]
+    with pytest.raises(IndexError):
+        make(work, crew, broken, PATIENCE)
+    assert changes(tmp_path / "run", "lost") == []
+
+
 @dataclass(frozen=True)
 class Phase:
     """When a worker is killed: before or after its ``calls``-th call of a method."""
@@ -172,12 +181,3 @@ def test_a_run_that_loses_workers_again_and_again_ends_and_can_go_on(
         path.unlink()
     made = make(work, crew, shards(), PATIENCE)
     assert_same(made, undisturbed["error propagation"])
-
-
-@pytest.mark.usefixtures("traps")
-def test_an_error_of_the_model_is_no_loss(skeleton, crew, tmp_path):
-    work = settings(skeleton, QEPConfig(), tmp_path / "run")
-    broken = [replace(shard, input_ids=shard.input_ids + 10**6) for shard in shards()]
-    with pytest.raises(IndexError):
-        make(work, crew, broken, PATIENCE)
-    assert changes(tmp_path / "run", "lost") == []

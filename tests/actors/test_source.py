@@ -99,6 +99,7 @@ def check_on_both_nodes(mine: str, changed: str) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_with_another_copy_is_refused(tmp_path):
     """Both are copies: the checkout itself may be edited meanwhile."""
     ignored = shutil.ignore_patterns("__pycache__")

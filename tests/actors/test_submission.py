@@ -79,7 +79,9 @@ def test_without_waiting_the_jobs_name_is_all_that_is_printed(ray_head, checkout
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_stops_the_job(ray_head, checkout, number):
     source = "import time\nprint('it runs')\ntime.sleep(900)"
     run = f"/interrupted/{number}"
@@ -96,6 +98,7 @@ def test_an_interrupt_stops_the_job(ray_head, checkout, number):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once(ray_head, checkout):
     source = "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('it runs')\n"
     run = "/interrupted/twice"

@@ -36,6 +36,23 @@ def test_a_head_listens_on_this_machine_only(ray_head):
 
 
 @pytest.mark.ray
+def test_lines_words_variables_and_the_status_arrive_as_they_are(server):
+    lines: list[str] = []
+    words = ["a b", "$HOME", "'"]
+    source = (
+        "import os, sys\nfor n in range(30): print(n, 'é')\n"
+        "print(sys.argv[1:], os.environ['KEY'], end='')\nsys.exit(3)"
+    )
+    job = start(server, "lines", sys.executable, "-c", source, *words, KEY="a value")
+    end = server.follow(job, lines.append)
+    assert (end.exit_status, end.message) == (3, "")
+    assert lines[-31:] == [*(f"{n} é" for n in range(30)), f"{words} a value"]
+    with pytest.raises(ClusterError, match="refuses the job"):
+        start(server, job, "true")  # a job id is used once
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_the_status_of_a_job_is_its_programs(server):
     ends = {"true": 0, "exit 3": 3, "kill -9 $$": 137}
     for number, source in enumerate(ends):
@@ -43,18 +60,6 @@ def test_the_status_of_a_job_is_its_programs(server):
     found = [server.follow(f"status{number}", lambda _: None) for number in range(len(ends))]
     assert [end.exit_status for end in found] == list(ends.values())
     assert {end.message for end in found} == {""}
-
-
-@pytest.mark.ray
-def test_lines_words_and_variables_arrive_as_they_are(server):
-    lines: list[str] = []
-    source = "import os, sys\nfor n in range(30): print(n, 'é')\nprint(sys.argv[1:], end='')"
-    job = start(server, "lines", sys.executable, "-c", source, "a b", "$HOME", "'", KEY="a value")
-    assert server.follow(job, lines.append).exit_status == 0
-    assert lines[-31:] == [*(f"{n} é" for n in range(30)), str(["a b", "$HOME", "'"])]
-    job = start(server, "variables", "printenv", "KEY", KEY="a value")
-    assert server.follow(job, lines.append).exit_status == 0
-    assert lines[-1] == "a value"
 
 
 class BreakableWire:
@@ -126,6 +131,7 @@ def test_no_line_is_lost_or_doubled_when_the_connection_breaks(ray_head, tmp_pat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_given_up_in_time(ray_head, monkeypatch):
     monkeypatch.setattr(jobs, "RECONNECT_SECONDS", 1)
     with BreakableWire(ray_head.url) as wire:
@@ -159,14 +165,6 @@ def test_a_stopped_job_can_end_in_its_own_way(server, tmp_path):
 
     assert server.follow(job, write_line).exit_status == 143
     assert cleaned.exists()  # Ray alone would have killed it after 3 seconds
-
-
-@pytest.mark.ray
-def test_a_job_id_is_used_once(server):
-    job = start(server, "twice", "true")
-    with pytest.raises(ClusterError, match="refuses the job"):
-        start(server, "twice", "true")
-    server.follow(job, lambda _: None)
 
 
 @pytest.mark.parametrize(

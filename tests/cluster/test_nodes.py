@@ -239,6 +239,7 @@ def test_limits_of_an_autoscaler_are_found(variables, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @NEEDS_LIMITS
 def test_what_the_system_kills_for_memory_is_counted(ray_executor):
     ray.cloudpickle.register_pickle_by_value(memory_limit)  # not on the workers' path

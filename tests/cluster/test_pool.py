@@ -15,9 +15,13 @@ from onecomp.errors import LayerError
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_executor")]
 
 
+def empty_pool(num_cpus: float = 0.1) -> ActorPool:
+    return ActorPool(ray.remote(max_restarts=0)(Echo), {"num_cpus": num_cpus})
+
+
 def begun(count: int, make_object: Callable[..., object], *arguments: object) -> ActorPool:
     """Actors that have made their objects."""
-    made = ActorPool(ray.remote(max_restarts=0)(Echo), {"num_cpus": 0.1})
+    made = empty_pool()
     recipe = made.share((make_object, *arguments), count)
     for number in [made.add() for _ in range(count)]:
         [made.places[number]] = made.fetch([made.make(number, "hello", recipe[0], recipe[1:])])
@@ -27,6 +31,15 @@ def begun(count: int, make_object: Callable[..., object], *arguments: object) ->
 @pytest.fixture(scope="module")
 def pool(ray_executor):
     made = begun(2, divmod, 10)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def lonely(ray_executor):
+    """One actor, which has not made its object."""
+    made = empty_pool()
+    made.add()
     yield made
     made.stop()
 
@@ -75,28 +88,25 @@ def test_ready_tells_what_has_a_value_or_an_error(pool):
     assert pool.ready([], 60.0) == set()
 
 
-def test_an_actor_that_is_gone_is_named(pool):
-    lonely = begun(1, max, 0)
+def test_an_actor_that_does_not_meet_the_greeting_makes_nothing(lonely):
+    recipe = lonely.share((max, 0), 1)
+    with pytest.raises(LayerError, match="greeting: go away"):
+        lonely.fetch([lonely.make(0, "go away", recipe[0], recipe[1:])])
+    assert lonely.fetch(lonely.submit(0, "m", []).values) == [(None, "m")]
+
+
+def test_an_actor_that_is_gone_is_named(pool, lonely):
     [ref] = lonely.submit(0, "exit", []).values
     with pytest.raises(ActorLostError, match="actor 0 was lost during exit"):
         lonely.fetch([ref])
     with pytest.raises(ActorLostError) as caught:
         pool.fetch(pool.submit(0, "m", [ref]).values)
     assert (caught.value.actor, caught.value.call) == (-1, "m")  # of another pool
-    lonely.stop()
-
-
-def test_an_actor_that_does_not_meet_the_greeting_makes_nothing():
-    made = ActorPool(ray.remote(max_restarts=0)(Echo), {"num_cpus": 0.1})
-    recipe = made.share((max, 0), 1)
-    with pytest.raises(LayerError, match="greeting: go away"):
-        made.fetch([made.make(made.add(), "go away", recipe[0], recipe[1:])])
-    assert made.fetch(made.submit(0, "m", []).values) == [(None, "m")]
-    made.stop()
 
 
 def test_numbers_do_not_recur():
-    made = begun(2, max, 0)
+    made = empty_pool(num_cpus=1000)  # of actors that wait for a place for ever
+    assert [made.add(), made.add()] == [0, 1]
     made.remove(0)
     assert made.numbers == [1]
     assert made.add() == 2

@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
@@ -161,9 +164,11 @@ def drainer(nodes: Nodes, *options: str) -> Iterator[psutil.Popen]:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    (folder / "ray").mkdir()  # Ray expects it to be there
     process = psutil.Popen(
         [sys.executable, "-c", CLUSTER],
-        env=own_environment(),
+        env=own_environment(RAY_TMPDIR=str(folder)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -173,9 +178,11 @@ def nodes() -> Iterator[Nodes]:
             yield Nodes(process)
         finally:
             end(process)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_drains_at_the_spot_notice_and_ends_when_it_is_idle(nodes, metadata):
     node = nodes.nodes[0]
     options = ("--node-id", node, "--cloud", "aws", "--metadata-url", metadata)
@@ -194,6 +201,7 @@ def test_a_node_drains_at_the_spot_notice_and_ends_when_it_is_idle(nodes, metada
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_drains_on_sigterm_until_its_deadline(nodes):
     node = nodes.nodes[1]
     with drainer(nodes, "--node-id", node, "--deadline-s", "3") as process:
@@ -207,6 +215,7 @@ def test_a_node_drains_on_sigterm_until_its_deadline(nodes):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_node_that_is_not_there_is_not_drained(nodes):
     with drainer(nodes, "--now", "--node-id", "ab" * 28) as process:
         assert process.wait(SECONDS) == 1

@@ -1,7 +1,6 @@
 """A group that is cut into pieces is the group that is not, whoever solves what and when."""
 
 import mmap
-import multiprocessing
 import pickle
 import random
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from driver_process import FORKSERVER
 from torch import Tensor, nn
 
 from onecomp.errors import LayerError
@@ -147,8 +147,7 @@ def test_pieces_solved_anywhere_in_any_order_are_the_group(method):
 
 def test_pieces_solved_by_another_process_are_the_group():
     """Half of them by one that was started anew."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKSERVER) as pool:
         for method in ("searched", "mixed bits", "measured", "rounded"):
             work = Work.of(method)
             half = len(work.pieces) // 2

@@ -1,16 +1,13 @@
 """A run that is killed goes on where it was, and makes what an undisturbed run makes."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from driver_process import has_ended, start_driver
 from tiny_models import sample_text
 from typer.testing import CliRunner
 
@@ -31,32 +28,22 @@ def command(tiny_model_dir: Callable[..., Path], tmp_path_factory) -> list[str]:
     return ["quantize", str(model), *options, *samples, "--num-workers", "0"]
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "onecomp", *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def finish(*arguments: str) -> None:
     """Run a command to its end, in this process."""
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
 
 
-def kill_when(process: subprocess.Popen, path: Path) -> None:
-    """SIGKILL as soon as ``path`` appears."""
+def kill_when(command: list[str], log: Path, path: Path) -> None:
+    """SIGKILL for a driver as soon as ``path`` appears."""
+    process = start_driver(command, log)
     deadline = time.monotonic() + SECONDS
     while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert not has_ended(process), log.read_text()
         assert time.monotonic() < deadline, f"{path} never appeared"
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -82,7 +69,8 @@ def killed(command: list[str], output: Path, block: int) -> Path:
     """
     run = output.with_name("out.run")
     for _attempt in range(5):
-        kill_when(start(*command, "--output", str(output)), block_file(run, block))
+        whole = [*command, "--output", str(output)]
+        kill_when(whole, output.with_name("log.txt"), block_file(run, block))
         if not output.exists():
             return run
         shutil.rmtree(output)
@@ -204,6 +192,7 @@ def test_a_run_killed_while_its_checkpoint_moves_is_completed(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_executor")  # its cluster is used, with two workers of its own
 def test_a_run_killed_in_one_process_is_resumed_on_two_ray_workers(early, undisturbed):
     finish("resume", str(early), "--num-workers", "2")

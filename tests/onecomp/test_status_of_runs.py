@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from driver_process import has_ended, start_driver
 from typer.testing import CliRunner
 
 from onecomp.cli import app
@@ -22,21 +21,19 @@ RESUME = ("resume", "--num-workers", "0")
 
 def look_and_kill(command: list[str], run: Path) -> tuple[dict, int]:
     """Status of a run that has two blocks, and its driver, which is killed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "onecomp", *command], env=environment, stderr=subprocess.DEVNULL
-    )
+    log = run.with_name("log.txt")
+    process = start_driver(command, log)
     try:
         deadline = time.monotonic() + SECONDS
         while not (run / "blocks" / "00001.safetensors").exists():
-            assert process.poll() is None, "it ended before it was looked at"
+            assert not has_ended(process), log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGSTOP)  # so that it is as it was when we look
+        os.kill(process.pid, signal.SIGSTOP)  # so that it is as it was when we look
         return ask(run), process.pid
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def ask(run: Path) -> dict:
