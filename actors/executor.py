@@ -304,7 +304,9 @@ class RayExecutor(Executor):
                 error.actor, error.call, error.reason, out_of_memory=error.out_of_memory
             ) from error
 
-    def ready(self, refs: Sequence[Ref], timeout_s: float, *, wait_for_all: bool = True) -> set[Ref]:
+    def ready(
+        self, refs: Sequence[Ref], timeout_s: float, *, wait_for_all: bool = True
+    ) -> set[Ref]:
         """References whose call has ended; nothing is brought here."""
         return {*self._pool.ready(refs, timeout_s, wait_for_all=wait_for_all)}
 

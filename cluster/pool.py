@@ -151,7 +151,7 @@ class ActorPool:
     def ready(
         self, refs: Sequence[ObjectRef], timeout_s: float, *, wait_for_all: bool = True
     ) -> set[ObjectRef]:
-        """Those that have a value or an error, anywhere; waits for all or for one, but no longer."""
+        """Those that have a value or an error, anywhere; waits for all or one, but no longer."""
         refs = list(dict.fromkeys(refs))
         if refs and not wait_for_all:
             ray.wait(refs, num_returns=1, timeout=timeout_s, fetch_local=False)

@@ -64,8 +64,10 @@ class FirstWorkers(Executor):
     def fetch(self, refs: Sequence[Ref]) -> list:
         return self.executor.fetch(refs)
 
-    def ready(self, refs: Sequence[Ref], timeout_s: float) -> set[Ref]:
-        return self.executor.ready(refs, timeout_s)
+    def ready(
+        self, refs: Sequence[Ref], timeout_s: float, *, wait_for_all: bool = True
+    ) -> set[Ref]:
+        return self.executor.ready(refs, timeout_s, wait_for_all=wait_for_all)
 
     def is_ref(self, value: object) -> bool:
         return self.executor.is_ref(value)
