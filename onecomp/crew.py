@@ -202,7 +202,6 @@ class Crew:
         units = self.watch.finished()
         tokens = {w: sum(self._tokens[s] for s in held) for w, held in self.held.items()}
         self.speeds.learn(units, tokens)
-        self._leaving |= {unit.worker for unit in units if unit.receipt.is_leaving}
         return units
 
     def lap(self, began: float) -> Lap:
@@ -216,7 +215,8 @@ class Crew:
 
     def must_settle(self) -> bool:
         """Whether workers are about to leave, so that nothing may be in flight on them."""
-        self._leaving |= self.executor.leaving()
+        self.watch.look_around()
+        self._leaving |= self.executor.leaving() | self.watch.leaving
         self._leaving &= set(self.members)
         return bool(self._leaving)
 

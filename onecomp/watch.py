@@ -64,6 +64,8 @@ class Watch:
         self.executor, self.unit_timeout_s, self._clock = executor, unit_timeout_s, clock
         self.waited_s = 0.0
         """Seconds that the driver had nothing to do."""
+        self.leaving: set[int] = set()
+        """Workers of which a receipt said that they were told to end."""
         self._queues: dict[int, deque[_Outstanding]] = defaultdict(deque)
         self._finished: list[FinishedUnit] = []
         self._longest_s: dict[str, float] = defaultdict(float)
@@ -100,7 +102,7 @@ class Watch:
                 values[ref] = self._value(ref)
             waiting = [ref for ref in waiting if ref not in ready]
             if waiting:
-                self._look_around()
+                self.look_around()
         return [values[ref] for ref in refs]
 
     def wait_for_any(self, refs: Sequence[Ref]) -> set[Ref]:
@@ -113,7 +115,7 @@ class Watch:
         ready = self.executor.ready(refs, POLL_SECONDS, wait_for_all=False)
         self.waited_s += self._clock() - began
         if not ready:
-            self._look_around()
+            self.look_around()
         return ready
 
     def _value(self, ref: Ref) -> object:
@@ -130,7 +132,7 @@ class Watch:
 
     def finished(self) -> list[FinishedUnit]:
         """Units that have ended since the last time."""
-        self._look_around()
+        self.look_around()
         finished, self._finished = self._finished, []
         return finished
 
@@ -138,7 +140,12 @@ class Watch:
         """Nobody waits any more for what was handed out."""
         self._queues.clear()
 
-    def _look_around(self) -> None:
+    def look_around(self) -> None:
+        """Note what has ended.
+
+        Raises:
+            WorkerError: A worker has had its turn for too long.
+        """
         for worker, queue in self._queues.items():
             self._note_finished(worker, queue)
             if queue and self.executor.survives_losses:
@@ -150,6 +157,8 @@ class Watch:
             receipt = self._receipt(waiting)
             if receipt is not None:
                 self._finished.append(FinishedUnit(worker, waiting.unit, receipt))
+                if receipt.is_leaving:
+                    self.leaving.add(worker)
                 method = waiting.unit.method
                 self._longest_s[method] = max(self._longest_s[method], receipt.seconds)
 

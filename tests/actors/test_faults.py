@@ -25,7 +25,7 @@ STRATEGIES = {"full-precision inputs": None, "error propagation": QEPConfig()}
 
 @pytest.fixture(scope="module")
 def skeleton(tiny_model_dir: Callable[..., Path]) -> Skeleton:
-    return small_skeleton(tiny_model_dir, num_layers=3)
+    return small_skeleton(tiny_model_dir, num_layers=5)
 
 
 @pytest.fixture(scope="module")
