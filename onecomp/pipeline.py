@@ -12,11 +12,12 @@ from onecomp.calibration.shards import CalibrationShard
 from onecomp.crew import Crew, Lap
 from onecomp.errors import WorkerError
 from onecomp.executor import Executor
+from onecomp.in_flight import BlockInFlight
 from onecomp.jobs import GroupReceipt, block_events
 from onecomp.losses import Patience
 from onecomp.models.layout import BlockLayout, ModelLayout
 from onecomp.progress import Progress
-from onecomp.strategies import BlockInFlight, Strategy, choose_strategy
+from onecomp.strategies import Strategy, choose_strategy
 from onecomp.watch import FinishedUnit
 from onecomp.worker import WorkerSettings
 
@@ -107,13 +108,15 @@ class BlocksOnTheWay:
         self._collect_all_but(0)
 
     def _store_solved(self) -> None:
-        """Have blocks written of which everything was handed out."""
+        """Have blocks written that waited for a worker with nothing else to do."""
         for work in self._blocks:
-            if not work.stored and len(work.solved) == len(work.block.groups):
+            if work.awaits_idle_worker:
                 work.store(self._crew, self._crew.next_in_turn())
 
     def _collect_all_but(self, count: int) -> None:
         while len(self._blocks) > count:
+            if self._blocks[0].awaits_idle_worker:  # no worker was: the next block has no groups
+                self._store_solved()
             while not self._blocks[0].is_stored:
                 self._crew.later.wait()
             collect(self._blocks.popleft(), self._crew, self._progress)
