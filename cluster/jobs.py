@@ -157,6 +157,9 @@ class JobServer:
                             write_line(line)
                             num_written = position
                 if end := job_end(self._client.get_job_info(job_id)):
+                    log = self._client.get_job_logs(job_id)  # following may miss the last lines
+                    for line in log.splitlines()[num_written:]:
+                        write_line(line)
                     return end
             except _SilentError:
                 heard_at = time.monotonic()  # connected until now; if not, the next try fails
