@@ -1,9 +1,10 @@
 """What workers cost and bring: one against two, Ray against this process, and a lost worker.
 
-    python benchmarks/scaling.py MODEL TEXT [--repeat 3] [--match "SmolLM2*"]
+    python benchmarks/scaling.py MODEL TEXT [--repeat 3] [--match "SmolLM2*"] [--blocks 10]
 
 MODEL and TEXT are as for ``quantize_smollm2.py``. Every worker computes on one thread; the start
 of clusters and processes is not measured. Settings take turns, so that all see the same machine.
+A model's blocks are alike, so some of them tell what each costs.
 """
 
 import argparse
@@ -31,6 +32,8 @@ from onecomp.linalg import gram_strips
 from onecomp.schedule import assign_shards
 from onecomp.session import Session
 from onecomp.statistics import Contribution, FewRows, merge
+
+LAYERS_OF_A_BLOCK = 7
 
 
 @dataclass(frozen=True)
@@ -75,21 +78,23 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are shown")
     parser.add_argument("--match", default="*", help="cases to run, a glob pattern")
+    parser.add_argument("--blocks", type=int, help="quantize the first blocks only; default: all")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_wide(Path(folder) / "wide")
         bench = Bench(arguments.model, arguments.text, Path(folder), windows=1)
-        labels = {setting.label for setting in matching(settings(), arguments.match)}
-        cases = [c for c in all_cases(bench) if c.setting.label in labels]
+        labels = {s.label for s in matching(settings(arguments.blocks), arguments.match)}
+        cases = [c for c in all_cases(bench, arguments.blocks) if c.setting.label in labels]
         measure(cases, Path(folder), arguments.repeat)
 
 
-def settings() -> list[Setting]:
+def settings(blocks: int | None) -> list[Setting]:
     """What is measured; the label says on which model."""
-    plain = GPTQ(wbits=4, groupsize=64)
-    defaults = GPTQ(wbits=4, groupsize=64, **ALL)
+    num_layers = None if blocks is None else LAYERS_OF_A_BLOCK * blocks
+    plain = GPTQ(wbits=4, groupsize=64, num_layers=num_layers)
+    defaults = GPTQ(wbits=4, groupsize=64, num_layers=num_layers, **ALL)
     return [
         Setting("SmolLM2, full-precision inputs", plain),
         Setting("SmolLM2, error propagation, mse", defaults, QEPConfig()),
@@ -98,9 +103,11 @@ def settings() -> list[Setting]:
     ]
 
 
-def all_cases(bench: Bench) -> list[Case]:
+def all_cases(bench: Bench, blocks: int | None) -> list[Case]:
     """One for each setting."""
-    return [Case(s.label, bench if s.label.startswith("SmolLM2") else None, s) for s in settings()]
+    return [
+        Case(s.label, bench if s.label.startswith("SmolLM2") else None, s) for s in settings(blocks)
+    ]
 
 
 def save_wide(directory: Path) -> None:
@@ -126,7 +133,7 @@ def measure(cases: Sequence[Case], folder: Path, repeat: int) -> None:
             for name, executor in executors():
                 with executor as workers:
                     found.setdefault((case.label, name), []).append(timed(case, folder, workers))
-            with ray_executor(2) as workers, killer(workers, case):
+            with ray_executor(2) as workers, killer(workers):
                 found.setdefault((case.label, "killed"), []).append(timed(case, folder, workers))
             print(f"round {number + 1} of {repeat}: {case.label}", flush=True)
     print_tables(cases, folder, found)
@@ -164,10 +171,10 @@ def timed(case: Case, folder: Path, executor: Executor) -> Run:
 
 
 @contextmanager
-def killer(executor: Executor, case: Case) -> Iterator[None]:
+def killer(executor: Executor) -> Iterator[None]:
     """Kills a worker's process some time after the work has begun."""
     pid = executor.place(executor.workers[-1]).pid
-    timer = threading.Timer(20.0 if case.bench else 8.0, os.kill, (pid, signal.SIGKILL))
+    timer = threading.Timer(8.0, os.kill, (pid, signal.SIGKILL))
     timer.start()
     yield
     timer.cancel()
