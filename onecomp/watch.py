@@ -187,9 +187,15 @@ class Watch:
 
     def _described(self, error: WorkerError) -> WorkerError:
         """The error with the unit that the lost worker had in work, where that is known."""
-        queue = self._queues.get(error.worker)
-        if not queue:
+        queue = self._queues.get(error.worker, ())
+        unfinished = (waiting for waiting in queue if not self._has_succeeded(waiting))
+        in_work = next(unfinished, None)
+        if in_work is None:
             return error
         return WorkerError(
-            error.worker, str(queue[0].unit), error.reason, error.out_of_memory, error.hangs
+            error.worker, str(in_work.unit), error.reason, error.out_of_memory, error.hangs
         )
+
+    def _has_succeeded(self, waiting: _Outstanding) -> bool:
+        is_over = self.executor.ready([waiting.receipt], 0.0)
+        return bool(is_over) and self._receipt(waiting) is not None
