@@ -148,6 +148,7 @@ def test_a_server_that_is_gone_is_given_up_in_time(ray_head, monkeypatch):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_stopped_job_can_end_in_its_own_way(server, tmp_path):
     cleaned = tmp_path / "cleaned"
     source = (

@@ -213,6 +213,7 @@ def drain(ray_cluster: Cluster, node: Node) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_nodes_of_which_one_drains_and_one_dies():
     in_own_process(look_at_two_nodes)
 
