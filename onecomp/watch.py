@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from onecomp.errors import WorkerError
@@ -146,13 +146,17 @@ class Watch:
         Raises:
             WorkerError: A worker has had its turn for too long.
         """
+        receipts = [waiting.receipt for queue in self._queues.values() for waiting in queue]
+        ended = self.executor.ready(receipts, 0.0)
         for worker, queue in self._queues.items():
-            self._note_finished(worker, queue)
+            self._note_finished(worker, queue, ended)
             if queue and self.executor.survives_losses:
                 self._require_progress(worker, queue[0])
 
-    def _note_finished(self, worker: int, queue: deque[_Outstanding]) -> None:
-        while queue and self.executor.ready([queue[0].receipt], 0.0):
+    def _note_finished(
+        self, worker: int, queue: deque[_Outstanding], ended: Collection[Ref]
+    ) -> None:
+        while queue and queue[0].receipt in ended:
             waiting = queue.popleft()
             receipt = self._receipt(waiting)
             if receipt is not None:
