@@ -109,7 +109,7 @@ class RayExecutor(Executor):
         """What a worker is made of, and of what arguments."""
         self._starting: dict[int, ObjectRef] = {}
         self._workers: list[int] = []
-        self._failed_starts = 0
+        self._failed_starts, self._last_failure = 0, ""
 
     @property
     def workers(self) -> list[int]:
@@ -186,7 +186,9 @@ class RayExecutor(Executor):
         said = time.monotonic()
         known = len(self._workers)
         while len(self._workers) == known:
-            self._take_in_started(timeout_s=0.2)
+            if not self._starting:
+                raise OneCompError(f"workers do not start: {self._last_failure}")
+            self._take_in_started(timeout_s=0.2, is_awaited=True)
             now = time.monotonic()
             if now > deadline:
                 raise OneCompError(
@@ -197,32 +199,35 @@ class RayExecutor(Executor):
                 said = now
                 logger.info("waiting for workers: %d of %d are here", known, self._count.least)
 
-    def _take_in_started(self, timeout_s: float = 0.0) -> list[int]:
-        """Workers that have been made since the last time."""
+    def _take_in_started(self, timeout_s: float = 0.0, *, is_awaited: bool = False) -> list[int]:
+        """Workers that have been made since the last time.
+
+        Args:
+            timeout_s: How long to wait for one.
+            is_awaited: The run cannot go on without them: what one raises is raised here.
+        """
         refs = [*self._starting.values()]
         ready = self._pool.ready(refs[:1], timeout_s) | self._pool.ready(refs, 0.0)
         joined = []
         for number, ref in list(self._starting.items()):
             if ref in ready:
                 del self._starting[number]
-                joined += self._take_in(number, ref)
+                joined += self._take_in(number, ref, is_awaited=is_awaited)
         return joined
 
-    def _take_in(self, number: int, ref: ObjectRef) -> list[int]:
+    def _take_in(self, number: int, ref: ObjectRef, *, is_awaited: bool) -> list[int]:
         try:
             [self._pool.places[number]] = self._pool.fetch([ref])
         except ActorLostError as error:
             self._pool.remove(number)
-            self._failed_starts += 1
+            self._failed_starts, self._last_failure = self._failed_starts + 1, str(error)
             if self._failed_starts <= MOST_FAILED_STARTS:
                 self._begin(self._pool.add())
-            elif self._workers or self._starting:
-                logger.warning("%d workers in a row did not start: %s", self._failed_starts, error)
             else:
-                raise OneCompError(f"workers do not start: {error}") from error
+                logger.warning("%d workers in a row did not start: %s", self._failed_starts, error)
             return []
         except OneCompError as error:
-            if len(self._workers) < self._count.least:
+            if is_awaited:
                 raise
             logger.warning("worker %d cannot join: %s", number, error)
             self._pool.remove(number)

@@ -79,12 +79,17 @@ class Crew:
         self._lap_ended, self._lap_waited_s = time.monotonic(), 0.0
         executor.start(Worker, settings)
         self.members = list(executor.workers)
-        self.dispatch = Dispatch(self.later, lambda: self.speeds.of(self.members))
+        self.dispatch = Dispatch(self.watch, self.later, self._speeds_of_staying)
         self.held: dict[int, list[int]] = {worker: [] for worker in self.members}
         self._note_workers("joined", self.members)
         even = dict.fromkeys(self.members, 1.0)
         for worker, run in assign_shards(len(shards), even).items():
             self._hold(worker, run)
+
+    def _speeds_of_staying(self) -> dict[int, float]:
+        """Of workers that may be given something that takes long."""
+        leaving = self._leaving | self.watch.leaving
+        return self.speeds.of([w for w in self.members if w not in leaving] or self.members)
 
     # Calls
 
@@ -160,6 +165,9 @@ class Crew:
 
     def begin_block(self, block: BlockLayout) -> None:
         """Have the shards' passes through a block started."""
+        for worker in self.with_shards:
+            tokens = sum(self._tokens[shard] for shard in self.held[worker])
+            self.speeds.note_tokens(worker, block.index, tokens)
         unit = Unit("begin_block", block.index)
         self.carry_everywhere(unit, block.index, min(block.index, self.first_unfinished))
 
@@ -197,11 +205,10 @@ class Crew:
         Returns:
             Units that have ended since the last block.
         """
+        units = self.watch.finished()  # first: it raises if a worker hangs
         self.finished.add(block_index)
         self._losses.forget()
-        units = self.watch.finished()
-        tokens = {w: sum(self._tokens[s] for s in held) for w, held in self.held.items()}
-        self.speeds.learn(units, tokens)
+        self.speeds.learn(units)
         return units
 
     def lap(self, began: float) -> Lap:
@@ -267,6 +274,7 @@ class Crew:
         self.members.remove(worker)
         del self.held[worker]
         self._last.pop(worker, None)
+        self.watch.drop(worker)
         self.speeds.forget(worker)
 
     def _note_workers(self, change: str, workers: Iterable[int], **fields: object) -> None:
@@ -291,8 +299,8 @@ class Crew:
         began = time.monotonic()
         block = self.first_unfinished
         self._losses.note(error)
-        self.watch.forget()
         self.later.forget()
+        self.speeds.begin_anew()
         self._pending.clear()
         self._last.clear()
         self.dispatch.forget()
@@ -318,15 +326,18 @@ class Crew:
         }
         positions: dict[int, int] = {}
         for worker, call in calls.items():
-            try:
-                [found] = self.watch.fetch(call.values)
-            except WorkerError as loss:
-                cause = error if error.worker in (worker, -1) else loss
-                lost.append(self._dismiss(worker, cause))
-                continue
-            self.held[worker] = sorted(found)
-            positions |= found
-        return positions
+            while worker in self.members:
+                try:
+                    [found] = self.watch.fetch(call.values)
+                except WorkerError as loss:  # of this worker, or one that hangs meanwhile
+                    culprit = loss.worker if loss.worker in self.members else worker
+                    cause = error if error.worker in (culprit, -1) else loss
+                    lost.append(self._dismiss(culprit, cause))
+                    continue
+                self.held[worker] = sorted(found)
+                positions |= found
+                break
+        return {s: p for s, p in positions.items() if any(s in h for h in self.held.values())}
 
     def _dismiss(self, worker: int, error: WorkerError) -> int:
         self.executor.dismiss(worker)

@@ -1,4 +1,4 @@
-"""Units that any worker may do, given to whoever has least to do, the most urgent first."""
+"""Units that any worker may do: the most urgent goes to the fastest worker that has none."""
 
 import heapq
 import itertools
@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 
 from onecomp.executor import Call
 from onecomp.later import Later
-
-MOST_AT_A_TIME = 1
-"""Units that a worker has been given: one that it works on, and one so that it need not wait for
-the driver. All others stay here, where the most urgent of them can still come first."""
+from onecomp.watch import Watch
 
 Urgency = tuple[float, ...]
 """The smallest is the most urgent."""
@@ -20,66 +17,60 @@ Urgency = tuple[float, ...]
 class _Unit:
     urgency: Urgency
     number: int
-    cost: float = field(compare=False)
     hand_out: Callable[[int], Call] = field(compare=False)
 
 
-@dataclass
-class _Given:
-    """What a worker has been given and has not done."""
-
-    count: int = 0
-    cost: float = 0.0
-
-
 class Dispatch:
-    """A queue of units for all workers.
+    """A queue of units for all workers, each of which gets one at a time.
+
+    A second one would save a worker the driver's answer, some milliseconds, and wait there while
+    others have nothing to do, behind everything that became urgent since.
+
+    What a unit raises is raised as soon as the driver sees it, in ``Later.wait``.
 
     Args:
-        later: Tells when a unit is done.
-        speeds: Of the workers that there are now.
+        watch: Tells how a unit ended.
+        later: Tells when a unit has ended.
+        speeds: Of the workers that may be given units now.
     """
 
-    def __init__(self, later: Later, speeds: Callable[[], dict[int, float]]):
-        self._later, self._speeds = later, speeds
+    def __init__(self, watch: Watch, later: Later, speeds: Callable[[], dict[int, float]]):
+        self._watch, self._later, self._speeds = watch, later, speeds
         self._units: list[_Unit] = []
-        self._given: dict[int, _Given] = {}
+        self._busy: set[int] = set()
         self._numbers = itertools.count()
 
-    def add(self, urgency: Urgency, cost: float, hand_out: Callable[[int], Call]) -> None:
+    def add(self, urgency: Urgency, hand_out: Callable[[int], Call]) -> None:
         """Have a unit done.
 
         Args:
             urgency: The smallest comes first.
-            cost: Multiplications that take as long.
             hand_out: Calls the worker that it is given; what the call needs is there.
         """
-        heapq.heappush(self._units, _Unit(urgency, next(self._numbers), cost, hand_out))
+        heapq.heappush(self._units, _Unit(urgency, next(self._numbers), hand_out))
         self._go_on()
 
     def forget(self) -> None:
         """Nothing of it is wanted any more."""
         self._units.clear()
-        self._given.clear()
+        self._busy.clear()
 
     def _go_on(self) -> None:
+        if not self._units:
+            return
         speeds = self._speeds()
-        while self._units:
-            given = {w: self._given.setdefault(w, _Given()) for w in speeds}
-            free = [w for w in speeds if given[w].count < MOST_AT_A_TIME]
-            if not free:
-                return
-            unit = heapq.heappop(self._units)
-            worker = min(free, key=lambda w: ((given[w].cost + unit.cost) / speeds[w], w))
-            self._give(worker, unit)
+        free = sorted(speeds.keys() - self._busy, key=lambda worker: (-speeds[worker], worker))
+        for worker in free:
+            if self._units:
+                self._give(worker, heapq.heappop(self._units))
 
     def _give(self, worker: int, unit: _Unit) -> None:
-        given = self._given[worker]
-        given.count, given.cost = given.count + 1, given.cost + unit.cost
+        self._busy.add(worker)
         call = unit.hand_out(worker)
 
         def take_back() -> None:
-            given.count, given.cost = given.count - 1, given.cost - unit.cost
+            self._watch.fetch([call.receipt])  # raises: a lost worker must get nothing more
+            self._busy.discard(worker)
             self._go_on()
 
         self._later.add([call.receipt], take_back)

@@ -201,19 +201,16 @@ class GroupPlan:
         return set(self.pieces) != {self.owner}
 
 
-def plan_groups(
-    costs: Sequence[GroupCost], speeds: Speeds, load: Mapping[int, float] | None = None
-) -> list[GroupPlan]:
+def plan_groups(costs: Sequence[GroupCost], speeds: Speeds) -> list[GroupPlan]:
     """Owners of groups, and workers of the pieces of those that are split.
 
     Args:
         costs: Of groups that are quantized at the same time.
         speeds: Of the workers.
-        load: What each has to do already, in multiplications.
     """
     first = [cost.prepare + (cost.pieces[0] if len(cost.pieces) == 1 else 0.0) for cost in costs]
-    owners = longest_first(first, speeds, load)
-    busy = dict(load or {})
+    owners = longest_first(first, speeds)
+    busy: dict[int, float] = {}
     if len(costs) > 1:  # of a single group, the pieces begin when everyone is idle
         for owner, cost in zip(owners, first, strict=True):
             busy[owner] = busy.get(owner, 0.0) + cost

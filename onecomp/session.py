@@ -191,7 +191,7 @@ class Session:
         executor.limit(useful_workers(len(self._shards), self.layout.blocks))
         require_room(
             self.job, self.skeleton, self.samples, executor, self.run.path,
-            has_checkpoint=self.output is not None,
+            has_checkpoint=self.output is not None, goes_on=not self.begin_anew,
         )  # fmt: skip
         with self.run.lease() as held:
             run = self._begin(held)

@@ -95,7 +95,7 @@ def solve_split(group: InputGroup, plan: GroupPlan, made: Sequence[Ref], crew: C
 
 @dataclass(frozen=True)
 class GroupOnTheWay:
-    """A group from its sums to its results: each step goes to who has least to do by then."""
+    """A group from its sums to its results: each step goes to who has nothing to do by then."""
 
     group: InputGroup
     work: BlockInFlight
@@ -128,7 +128,7 @@ class GroupOnTheWay:
 
     def quantize(self, parts: Sequence[Ref]) -> None:
         """Have it quantized by one worker, or prepared if it is split."""
-        [cost] = self.crew.costs([self.group])
+        cost = self.work.costs[self.group.index]
         if len(cost.pieces) == 1:
             self._give("quantize", cost.longest, self._note_solved, *parts, num_returns=2)
         else:
@@ -161,7 +161,7 @@ class GroupOnTheWay:
         *arguments: object,
         num_returns: int = 1,
     ) -> None:
-        """Have a method called of whoever has least to do: oldest block first, then longest."""
+        """Have a method called of whoever has nothing to do: oldest block first, then longest."""
         unit = Unit(method, self.group.block_index, self.group.index)
 
         def hand_out(worker: int) -> Call:
@@ -174,7 +174,7 @@ class GroupOnTheWay:
 
         block = self.group.block_index
         urgency = URGENT.get(method, 0.0), float(block), -cost
-        self.crew.dispatch.add(urgency, cost, hand_out)
+        self.crew.dispatch.add(urgency, hand_out)
 
     def _note_solved(self, call: Call) -> None:
         self.work.solved.append(SolvedGroup(self.group, *call.values))

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from onecomp.watch import FinishedUnit
 
@@ -24,21 +24,28 @@ class MeasuredSpeeds:
     def __init__(self) -> None:
         self._seen: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED_BLOCKS))
         self._seconds: dict[int, float] = defaultdict(float)
+        self._tokens: dict[tuple[int, int | None], int] = {}
+        """By worker and block, as it was handed out: shards move while blocks are in flight."""
 
-    def learn(self, units: Iterable[FinishedUnit], tokens: Mapping[int, int]) -> None:
-        """Take in what happened since the last time.
+    def note_tokens(self, worker: int, block: int, tokens: int) -> None:
+        """A worker was given a block to carry so many tokens through."""
+        self._tokens[worker, block] = tokens
 
-        Args:
-            units: Units that have ended, those of a worker in their order.
-            tokens: Tokens that each worker holds.
-        """
+    def begin_anew(self) -> None:
+        """Passes were interrupted: their seconds are not those of a block."""
+        self._seconds.clear()
+        self._tokens.clear()
+
+    def learn(self, units: Iterable[FinishedUnit]) -> None:
+        """Take in units that have ended since the last time, those of a worker in their order."""
         for done in units:
             if done.unit.method in FORWARD:
                 self._seconds[done.worker] += done.receipt.seconds
             if done.unit.method == FORWARD[-1]:
                 spent = self._seconds.pop(done.worker)
-                if spent > 0 and tokens.get(done.worker):
-                    self._seen[done.worker].append(tokens[done.worker] / spent)
+                tokens = self._tokens.pop((done.worker, done.unit.block), 0)
+                if spent > 0 and tokens:
+                    self._seen[done.worker].append(tokens / spent)
 
     def of(self, workers: Iterable[int]) -> dict[int, float]:
         """Speeds of these workers; one that is not known yet counts as the others' median."""

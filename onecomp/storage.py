@@ -102,7 +102,7 @@ def replacing(path: AnyPath) -> AbstractContextManager[Path]:
 
 @contextmanager
 def _replacing_file(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         _flush(temporary)

@@ -46,15 +46,19 @@ class FullPrecisionInputs(Strategy):
         """One pass to the end of the block; groups as their sums arrive."""
         del meanwhile
         block = work.block
+        work.costs = crew.costs(block.groups)
         crew.begin_block(block)
         observed = observe(block.groups, crew)
         crew.finish_block(block)
 
+        receipts = [part.receipt for part in observed[0].values()] if observed else []
+
         def gather() -> None:
+            crew.watch.fetch(receipts)  # raises what a pass has raised
             for group, parts in zip(block.groups, observed, strict=True):
                 GroupOnTheWay(group, work, crew).gather(parts)
 
-        crew.later.add([part.receipt for part in observed[0].values()] if observed else [], gather)
+        crew.later.add(receipts, gather)
         work.store_when_solved(crew)  # at once where it has no groups
 
 
@@ -102,6 +106,7 @@ class WeightsOnly(Strategy):
     def begin(self, work: BlockInFlight, crew: Crew, meanwhile: Callable[[], None]) -> None:
         """Hand all groups to their owners."""
         del meanwhile
+        work.costs = crew.costs(work.block.groups)
         for group in work.block.groups:
             GroupOnTheWay(group, work, crew).quantize([])
         work.store_when_solved(crew)

@@ -136,9 +136,10 @@ class Watch:
         finished, self._finished = self._finished, []
         return finished
 
-    def forget(self) -> None:
-        """Nobody waits any more for what was handed out."""
-        self._queues.clear()
+    def drop(self, worker: int) -> None:
+        """The worker is gone, with everything that it was given."""
+        self._queues.pop(worker, None)
+        self.leaving.discard(worker)
 
     def look_around(self) -> None:
         """Note what has ended.

@@ -5,7 +5,6 @@ when its worker is free and what it needs has arrived, and ends on a clock that 
 waiting moves. So what ``quantize_model`` hands out to whom, and in which order, is the real thing.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -72,8 +71,6 @@ class Promise:
 
     worker: int
     done_s: float
-    chain_s: float
-    """Seconds of the longest chain of calls that ends with it."""
     value: object = None
     num_bytes: float = 0.0
     shards: tuple[int, ...] = ()
@@ -111,8 +108,6 @@ class SimulatedExecutor(Executor):
         self.simulated = [SimulatedWorker(speed) for speed in speeds]
         self._known: dict[tuple, Any] = {}
         self.now_s = 0.0
-        self.chain_s = 0.0
-        self.busy_by_method: dict[str, float] = defaultdict(float)
 
     @property
     def workers(self) -> list[int]:
@@ -143,14 +138,11 @@ class SimulatedExecutor(Executor):
         seconds, values = self._perform(worker, method, arguments, num_returns)
         if method == "begin_block":
             ready_s = self._wait_for_weights(state, arguments[0], ready_s, seconds)
-        chain_s = max((p.chain_s for p in needs), default=0.0) + seconds
         done_s = ready_s + seconds
         state.free_s, state.busy_s = done_s, state.busy_s + seconds
-        self.chain_s = max(self.chain_s, chain_s)
-        self.busy_by_method[method] += seconds
         for promise in values:
-            promise.done_s, promise.chain_s = done_s, chain_s
-        receipt = Promise(worker, done_s, chain_s, Receipt(ready_s, seconds))
+            promise.done_s = done_s
+        receipt = Promise(worker, done_s, Receipt(ready_s, seconds))
         return Call([*values], receipt)
 
     def _arrival_s(self, worker: int, needs: Sequence[Promise]) -> float:
@@ -184,7 +176,7 @@ class SimulatedExecutor(Executor):
     def _perform(
         self, worker: int, method: str, arguments: Sequence, num_returns: int
     ) -> tuple[float, list[Promise]]:
-        values = [Promise(worker, 0.0, 0.0) for _ in range(num_returns)]
+        values = [Promise(worker, 0.0) for _ in range(num_returns)]
         does = getattr(self, f"_{method}")
         seconds = does(self.simulated[worker], values, *arguments)
         return seconds / self.simulated[worker].speed, values

@@ -77,10 +77,6 @@ class UnitCosts:
         """Whether the cross product of a group is summed up, and its weights are corrected."""
         return self.qep is not None and any(map(self.qep.corrects, group.layer_names))
 
-    def corrected_rows(self, group: InputGroup) -> int:
-        """Output rows of the layers of a group, if any of them is corrected."""
-        return sum(group.out_features) if self.is_corrected(group) else 0
-
     # What a call does
 
     def work(self, method: str, unit: Unit) -> WorkByPhase:

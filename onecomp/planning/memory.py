@@ -207,7 +207,7 @@ class MemoryModel:
         prepared = max(map(self.costs.prepared_bytes, split), default=0.0)
         in_flight = self.costs.blocks_in_flight
         results = max(2, in_flight) * self._largest_results()
-        return min(2, in_flight) * self._largest_contributions() + in_flight * prepared + results
+        return in_flight * self._largest_contributions() + in_flight * prepared + results
 
     def _groups(self) -> list[InputGroup]:
         return [group for kind in self.costs.model.kinds for group in kind.groups]

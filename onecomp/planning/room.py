@@ -32,6 +32,7 @@ def require_room(
     run_dir: AnyPath,
     *,
     has_checkpoint: bool,
+    goes_on: bool,
 ) -> None:
     """Check that a run fits, as far as it is known what it needs and what there is.
 
@@ -40,8 +41,9 @@ def require_room(
         skeleton: The model without weights.
         samples: Calibration tokens.
         executor: Where the work will run; not started yet.
-        run_dir: Where the run directory is or will be; what is in it counts as free.
+        run_dir: Where the run directory is or will be.
         has_checkpoint: Whether a checkpoint is written.
+        goes_on: Whether what is in the run directory is a part of what will be there.
 
     Raises:
         InputError: It does not fit; nothing was written.
@@ -54,10 +56,10 @@ def require_room(
     except UserError as error:
         logger.warning("not compared with the memory and disk that there are: %s", error)
         return
-    resources = _with_disk(resources, run_dir)
+    resources = _with_disk(resources, run_dir, goes_on)
     if shortages(estimate, resources):
         time.sleep(LOOK_AGAIN_S)
-        resources = _with_disk(executor.resources() or resources, run_dir)
+        resources = _with_disk(executor.resources() or resources, run_dir, goes_on)
     require_fit(estimate, resources, load_table())
     if compared := compare(estimate, resources):
         logger.info("needs %s", in_one_line(compared))
@@ -89,9 +91,9 @@ def _estimate(
     return replace(estimate, costs=costs)
 
 
-def _with_disk(resources: Resources, run_dir: AnyPath) -> Resources:
-    """With what is free on the disk of a local run directory, and what lies in it already."""
+def _with_disk(resources: Resources, run_dir: AnyPath, goes_on: bool) -> Resources:
+    """With what is free on the disk of a local run directory, and what lies there already."""
     if not isinstance(run_dir, Path):
         return resources
-    held = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
+    held = sum(p.stat().st_size for p in run_dir.rglob("*") if p.is_file()) if goes_on else 0
     return replace(resources, run_disk=free_disk(run_dir) + held)

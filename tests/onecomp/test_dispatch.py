@@ -1,6 +1,9 @@
 from concurrent.futures import Future
 
+import pytest
+
 from onecomp.dispatch import Dispatch
+from onecomp.errors import WorkerError
 from onecomp.executor import Call, LocalExecutor
 from onecomp.later import Later
 from onecomp.watch import Watch
@@ -10,18 +13,19 @@ class Units:
     """Units by name, with the worker that each was given to."""
 
     def __init__(self, speeds: dict[int, float]):
-        self.later = Later(Watch(LocalExecutor(1), unit_timeout_s=60.0))
-        self.dispatch = Dispatch(self.later, lambda: speeds)
+        watch = Watch(LocalExecutor(1), unit_timeout_s=60.0)
+        self.later = Later(watch)
+        self.dispatch = Dispatch(watch, self.later, lambda: speeds)
         self.given: dict[str, int] = {}
         self.receipts: dict[str, Future] = {}
 
-    def add(self, name: str, urgency: float, cost: float = 1.0) -> None:
+    def add(self, name: str, urgency: float) -> None:
         def hand_out(worker: int) -> Call:
             self.given[name] = worker
             self.receipts[name] = Future()
             return Call([], self.receipts[name])
 
-        self.dispatch.add((urgency,), cost, hand_out)
+        self.dispatch.add((urgency,), hand_out)
 
     def finish(self, name: str) -> None:
         self.receipts[name].set_result(None)
@@ -56,6 +60,16 @@ def test_a_worker_that_is_gone_gets_nothing_and_a_new_one_gets_what_waits():
     speeds[1] = 1.0
     units.add("another", 1.0)
     assert units.given == {"running": 0, "waiting": 1}
+
+
+def test_what_a_unit_raises_is_raised_and_its_worker_gets_nothing_more():
+    units = Units({0: 1.0})
+    units.add("running", 0.0)
+    units.add("waiting", 0.0)
+    units.receipts["running"].set_exception(WorkerError(0, "running", "it is gone"))
+    with pytest.raises(WorkerError, match="it is gone"):
+        units.later.wait()
+    assert list(units.given) == ["running"]
 
 
 def test_what_was_forgotten_is_given_to_nobody():

@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_executor")]
 
 SECONDS = 300
 """For anything that should happen."""
+COUNTS = ["1", "2", "1:2"]
+"""Workers of a driver."""
 NOBODY = 2**22
 """Linux numbers its processes below this."""
 
@@ -52,7 +54,7 @@ class Chaos:
     def go_on(self, *arguments: str) -> None:
         """Start a driver on the tests' cluster."""
         address = ray.get_runtime_context().gcs_address
-        words = [*arguments, "--num-workers", "1:2", "--address", address]
+        words = [*arguments, "--num-workers", self.random.choice(COUNTS), "--address", address]
         self.driver = start_driver(words, self.log)
 
     def wait_for(self, happened: Callable[[], object]) -> None:
@@ -83,7 +85,8 @@ class Chaos:
 
     def workers(self) -> list[int]:
         """Processes of the last driver's workers."""
-        events = [e for e in self.run.events("worker") if e["pid"]]
+        began = self.run.events("started")[-1]["time"]
+        events = [e for e in self.run.events("worker") if e["pid"] and e["time"] >= began]
         pids = [e["pid"] for e in events if e["change"] == "joined"]
         return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
@@ -102,18 +105,25 @@ class Chaos:
 
 
 @pytest.mark.parametrize(
-    ("kills", "num_layers"), [(3, 6), pytest.param(20, 80, marks=pytest.mark.slow)]
+    ("kills", "num_layers", "options"),
+    [
+        (3, 6, []),
+        pytest.param(20, 80, [], marks=pytest.mark.slow),
+        pytest.param(6, 40, ["--no-qep"], marks=pytest.mark.slow),
+    ],
 )
-def test_whoever_is_killed_the_bytes_are_the_same(tiny_model_dir, tmp_path, kills, num_layers):
+def test_whoever_is_killed_the_bytes_are_the_same(
+    tiny_model_dir, tmp_path, kills, num_layers, options
+):
     model = tiny_model_dir("llama", num_layers=num_layers)
     text = tmp_path / "text.txt"
     text.write_text(sample_text(3000))
-    undisturbed = command(model, text, tmp_path / "undisturbed", "--num-workers", "0")
+    undisturbed = command(model, text, tmp_path / "undisturbed", "--num-workers", "0", *options)
     done = CliRunner().invoke(app, undisturbed)
     assert done.exit_code == 0, done.output
 
     chaos = Chaos(tmp_path / "disturbed.run", seed=7)
-    chaos.go_on(*command(model, text, tmp_path / "disturbed"))
+    chaos.go_on(*command(model, text, tmp_path / "disturbed", *options))
     victims = chaos.victims(kills)
     while chaos.count < kills:
         if has_ended(chaos.driver):

@@ -121,7 +121,7 @@ def test_a_full_object_store_is_slow_but_no_obstacle(job, tmp_path, caplog):
 def check(session: Session, offered: Resources) -> None:
     require_room(
         session.job, session.skeleton, session.samples, Offering(offered), session.run.path,
-        has_checkpoint=False,
+        has_checkpoint=False, goes_on=not session.begin_anew,
     )  # fmt: skip
 
 
@@ -149,7 +149,8 @@ def test_what_a_resumed_run_has_written_is_not_needed_again(job, tmp_path, monke
     assert "of run directory, the smallest disk has 0.0 GiB" in refusal(session, offer(GIB))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "calibration.safetensors").write_bytes(bytes(MIB))
-    check(session, offer(GIB))
+    assert "the smallest disk has 0.0 GiB" in refusal(session, offer(GIB))  # it is set aside
+    check(replace(session, begin_anew=False), offer(GIB))
 
 
 def test_a_device_that_the_job_does_not_use_is_not_compared(tiny_model_dir, job, tmp_path):
