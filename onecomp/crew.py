@@ -262,6 +262,7 @@ class Crew:
             return
         self.wait()  # what they hold has arrived elsewhere
         self.watch.settle(self._leaving)
+        self.watch.look_around()  # their last units are still to be noted
         for worker in sorted(self._leaving):
             host = self.executor.place(worker).host
             self.executor.release(worker, replace=True)
