@@ -61,7 +61,7 @@ class Dispatch:
         speeds = self._speeds()
         free = sorted(speeds.keys() - self._busy, key=lambda worker: (-speeds[worker], worker))
         for worker in free:
-            if self._units:
+            if self._units and worker not in self._busy:  # handing out may have had more added
                 self._give(worker, heapq.heappop(self._units))
 
     def _give(self, worker: int, unit: _Unit) -> None:
