@@ -35,6 +35,7 @@ from onecomp.executor import LocalExecutor, WorkerCount
 from onecomp.losses import Patience
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ
+from onecomp.schedule import useful_workers
 from onecomp.store import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -236,6 +237,7 @@ def shrink(folder: str, address: str) -> None:
     skeleton = small_skeleton(lambda *a, **o: model_directory(*a, folder=folder, **o))
     one_group = GPTQ(wbits=4, groupsize=64, include_layer_keywords=["down_proj"])
     work = worker_settings(skeleton, one_group, None, 1, Path(folder, "run"))
+    executor.limit(useful_workers(1, work.layout.blocks))  # as a session does before it starts
     make(work, executor, cut_shards(samples(), 1))
     assert len(changes(work.run.events("worker"), "joined")) == executor.num_workers == 1
     wait_until(lambda: num_nodes(address) == 2, SECONDS)
