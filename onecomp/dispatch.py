@@ -26,7 +26,8 @@ class Dispatch:
     A second one would save a worker the driver's answer, some milliseconds, and wait there while
     others have nothing to do, behind everything that became urgent since.
 
-    What a unit raises is raised as soon as the driver sees it, in ``Later.wait``.
+    A loss is raised as soon as the driver sees it, in ``Later.wait``; what else a unit raises shows
+    where its value is asked for.
 
     Args:
         watch: Tells how a unit ended.
@@ -69,7 +70,7 @@ class Dispatch:
         call = unit.hand_out(worker)
 
         def take_back() -> None:
-            self._watch.fetch([call.receipt])  # raises: a lost worker must get nothing more
+            self._watch.require_worker(call.receipt)  # one that is lost must get nothing more
             self._busy.discard(worker)
             self._go_on()
 

@@ -125,6 +125,22 @@ class Watch:
             raise self._described(error) from error
         return value
 
+    def require_worker(self, receipt: Ref) -> None:
+        """Check that a call that has ended was not lost with its worker.
+
+        What else it raised is for whoever asks for its values, in the order of the model's layers:
+        a layer's bad weights are the cause of the bad inputs of those behind it.
+
+        Raises:
+            WorkerError: It was.
+        """
+        try:
+            self.fetch([receipt])
+        except WorkerError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever the call raised
+            return
+
     def settle(self, workers: Iterable[int]) -> None:
         """Wait until some workers have done everything that was handed to them."""
         for worker in workers:
