@@ -232,7 +232,7 @@ def shrink(folder: str, address: str) -> None:
     executor.start(int)  # any objects
     while len(executor.workers) < MOST_NODES:
         executor.recruit(wait=True)
-    assert num_nodes(address) == 1 + MOST_NODES
+    wait_until(lambda: num_nodes(address) == 1 + MOST_NODES, SECONDS)
 
     skeleton = small_skeleton(lambda *a, **o: model_directory(*a, folder=folder, **o))
     one_group = GPTQ(wbits=4, groupsize=64, include_layer_keywords=["down_proj"])
