@@ -1,10 +1,13 @@
-"""Which layers' outputs a tensor depends on, followed through every operator of a block."""
+"""The input groups of a block that is run, and which of them depend on the outputs of others."""
 
-from collections.abc import Collection, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -67,3 +70,59 @@ def _written(func: Any, args: Sequence, kwargs: dict) -> Iterator[object]:
 
 def _tensors(values: object) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+@dataclass
+class ObservedGroups:
+    """Collects the input groups of a pass, in the order in which it calls them.
+
+    Layers are in one group when they are called with the same tensor object.
+    """
+
+    flow: DataFlow = field(default_factory=DataFlow)
+    """Entered by whoever runs the pass."""
+    names: list[list[str]] = field(default_factory=list)
+    """Of the layers of each group."""
+    _inputs: list["weakref.ref[Tensor]"] = field(default_factory=list)
+    _behind: list[frozenset[str]] = field(default_factory=list)
+
+    @contextmanager
+    def of(
+        self, layers: Mapping[str, nn.Module], on_new: Callable[[], None] = lambda: None
+    ) -> Iterator[None]:
+        """Observe layers while the body runs the pass.
+
+        Args:
+            layers: By the names that they are to have.
+            on_new: Called in front of the first layer of each group.
+        """
+        handles = []
+        for name, layer in layers.items():
+            handles += [
+                layer.register_forward_pre_hook(
+                    lambda _m, args, name=name: self._note(name, args[0], on_new)
+                ),
+                layer.register_forward_hook(
+                    lambda _m, _args, output, name=name: self.flow.mark(output, name)
+                ),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, name: str, tensor: Tensor, on_new: Callable[[], None]) -> None:
+        for known, names in zip(self._inputs, self.names, strict=True):
+            if known() is tensor:
+                names.append(name)
+                return
+        self._inputs.append(weakref.ref(tensor))
+        self.names.append([name])
+        self._behind.append(self.flow.names(tensor))
+        on_new()
+
+    def dependencies(self) -> tuple[frozenset[int], ...]:
+        """For each group, the groups that its input depends on."""
+        group_of = {name: index for index, names in enumerate(self.names) for name in names}
+        return tuple(frozenset(group_of[name] for name in names) for names in self._behind)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onecomp.models.calls import BlockCall, record_calls
-from onecomp.models.dependencies import DataFlow
+from onecomp.models.dependencies import ObservedGroups
 from onecomp.models.skeleton import Skeleton
 
 logger = logging.getLogger(__name__)
@@ -137,46 +137,13 @@ def _returns_tuple(block: nn.Module, hidden: Tensor, call: BlockCall) -> bool:
         return isinstance(block(hidden.to("meta"), *call.args, **call.kwargs), tuple)
 
 
-@dataclass
-class _Observed:
-    """Input groups while the block is run: their tensor, their layers, what they depend on."""
-
-    flow: DataFlow
-    inputs: list[Tensor] = field(default_factory=list)  # held, so that no identity is reused
-    names: list[list[str]] = field(default_factory=list)
-    behind: list[frozenset[str]] = field(default_factory=list)
-
-    def note_input(self, name: str, tensor: Tensor) -> None:
-        for known, names in zip(self.inputs, self.names, strict=True):
-            if known is tensor:
-                names.append(name)
-                return
-        self.inputs.append(tensor)
-        self.names.append([name])
-        self.behind.append(self.flow.names(tensor))
-
-    def dependencies(self) -> tuple[frozenset[int], ...]:
-        """For each group, the groups that it depends on."""
-        group_of = {name: index for index, names in enumerate(self.names) for name in names}
-        return tuple(frozenset(group_of[name] for name in names) for names in self.behind)
-
-
 def _inspect_block(
     skeleton: Skeleton, index: int, call: BlockCall, targets: Collection[str]
 ) -> BlockLayout:
     block, block_name = skeleton.blocks[index], skeleton.block_name(index)
-    observed = _Observed(DataFlow())
-    handles = []
-    for short, module in block.named_modules():
-        if (name := f"{block_name}.{short}") in targets:
-            handles += [
-                module.register_forward_pre_hook(
-                    lambda _m, args, name=name: observed.note_input(name, args[0])
-                ),
-                module.register_forward_hook(
-                    lambda _m, _args, output, name=name: observed.flow.mark(output, name)
-                ),
-            ]
+    observed = ObservedGroups()
+    modules = {f"{block_name}.{short}": module for short, module in block.named_modules()}
+    layers = {name: module for name, module in modules.items() if name in targets}
     hidden = torch.empty(
         1,
         PROBE_TOKENS,
@@ -184,12 +151,8 @@ def _inspect_block(
         device="meta",
         dtype=skeleton.dtype,
     )
-    try:
-        with torch.inference_mode(), observed.flow:
-            call.run(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with observed.of(layers), torch.inference_mode(), observed.flow:
+        call.run(block, hidden)
     groups = tuple(
         InputGroup(index, position, tuple(names), *_features(skeleton.model, names))
         for position, names in enumerate(observed.names)

@@ -7,7 +7,7 @@ architecture.
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from onecomp.models.calls import BlockCall
-from onecomp.models.dependencies import DataFlow
+from onecomp.models.dependencies import ObservedGroups
 from onecomp.planning.amounts import Amount
 
 
@@ -85,41 +85,6 @@ def _grouped_product(rows: Size, weights: Size, *_args: object, **_kwargs: objec
     return 2 * rows[0] * rows[-1] * weights[-1]
 
 
-@dataclass
-class _Stops:
-    """Collects the stops of a pass; layers called with the same tensor object share one."""
-
-    live: _LiveStorages
-    counter: FlopCounterMode
-    flow: DataFlow
-    inputs: list["weakref.ref[Tensor]"] = field(default_factory=list)
-    names: list[list[str]] = field(default_factory=list)
-    counted: list[Amount] = field(default_factory=list)
-    held_bytes: list[int] = field(default_factory=list)
-    behind: list[frozenset[str]] = field(default_factory=list)
-
-    def note(self, name: str, tensor: Tensor) -> None:
-        """A layer is called."""
-        for known, names in zip(self.inputs, self.names, strict=True):
-            if known() is tensor:
-                names.append(name)
-                return
-        self.inputs.append(weakref.ref(tensor))
-        self.names.append([name])
-        self.counted.append(self.counter.get_total_flops())
-        self.held_bytes.append(self.live.live_bytes())
-        self.behind.append(self.flow.names(tensor))
-
-    def trace(self) -> Trace:
-        """What was collected, when the pass is over."""
-        ends = [*self.counted, self.counter.get_total_flops()]
-        parts = [after - before for before, after in zip([0, *ends], ends, strict=False)]
-        stops = zip(map(tuple, self.names), parts, self.held_bytes, strict=False)
-        stop_of = {name: index for index, names in enumerate(self.names) for name in names}
-        behind = tuple(frozenset(stop_of[name] for name in names) for names in self.behind)
-        return Trace(tuple(Stop(*stop) for stop in stops), parts[-1], self.live.peak_bytes, behind)
-
-
 def trace_block(
     block: nn.Module, call: BlockCall, hidden: Tensor, targets: Collection[str]
 ) -> Trace:
@@ -135,22 +100,23 @@ def trace_block(
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_product}
     )
-    stops = _Stops(live, counter, DataFlow())
-    handles = []
-    for name, module in block.named_modules():
-        if name in targets:
-            handles += [
-                module.register_forward_pre_hook(
-                    lambda _m, args, name=name: stops.note(name, args[0])
-                ),
-                module.register_forward_hook(
-                    lambda _m, _args, output, name=name: stops.flow.mark(output, name)
-                ),
-            ]
-    try:
-        with torch.inference_mode(), counter, live, stops.flow:
-            call.run(block, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return stops.trace()
+    observed = ObservedGroups()
+    counted: list[Amount] = []
+    held_bytes: list[int] = []
+
+    def note() -> None:
+        counted.append(counter.get_total_flops())
+        held_bytes.append(live.live_bytes())
+
+    layers = {name: module for name, module in block.named_modules() if name in targets}
+    with observed.of(layers, note), torch.inference_mode(), counter, live, observed.flow:
+        call.run(block, hidden)
+    ends = [*counted, counter.get_total_flops()]
+    parts = [after - before for before, after in zip([0, *ends], ends, strict=False)]
+    stops = zip(map(tuple, observed.names), parts, held_bytes, strict=False)
+    return Trace(
+        tuple(Stop(*stop) for stop in stops),
+        parts[-1],
+        live.peak_bytes,
+        observed.dependencies(),
+    )
