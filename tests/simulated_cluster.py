@@ -375,6 +375,5 @@ def simulate(
         quantize_model(
             settings, cut_shards(CalibrationSamples(ids, torch.ones_like(ids))), executor, progress
         )
-    executor._wait([])
     executor.now_s = max([executor.now_s, *(w.free_s for w in executor.simulated)])
     return executor

@@ -4,7 +4,8 @@ import hashlib
 import json
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -159,12 +160,8 @@ class ModelSource:
         Raises:
             InputError: A name that no file holds, or a file that cannot be read.
         """
-        path = self._file_of(name)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_slice(name)[first:last]
-        except (SafetensorError, OSError) as error:
-            raise InputError(path, f"cannot be read ({error}).") from error
+        with _opened(self._file_of(name)) as file:
+            return file.get_slice(name)[first:last]
 
     def _file_of(self, name: str) -> Path:
         if name not in self.tensor_files:
@@ -252,24 +249,28 @@ def _tensor_names(path: Path) -> list[str]:
         ) from error
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """A weight file; what goes wrong while it is read is told with its name."""
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype())
-                for name, tensor in slices.items()
-            }
+            yield file
     except (SafetensorError, OSError) as error:
         raise InputError(path, f"cannot be read ({error}).") from error
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: StoredTensor(tuple(tensor.get_shape()), tensor.get_dtype())
+            for name, tensor in slices.items()
+        }
 
 
 def _read_file(path: Path, names: list[str]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise InputError(path, f"cannot be read ({error}).") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

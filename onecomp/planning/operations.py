@@ -92,11 +92,6 @@ def rows_bytes(group: InputGroup, tokens: Amount, dtype_bytes: int, *, corrected
     return tokens * group.in_features * dtype_bytes * (1 + corrected)
 
 
-def sends_rows(group: InputGroup, shard_tokens: int) -> bool:
-    """Whether a shard of this many tokens sends rows instead of sums."""
-    return 2 * shard_tokens < group.in_features
-
-
 def read(
     num_parameters: Amount, stored_bytes_each: Amount, dtype_bytes: int, copies: int = 1
 ) -> Work:
