@@ -115,8 +115,6 @@ class BlocksOnTheWay:
 
     def _collect_all_but(self, count: int) -> None:
         while len(self._blocks) > count:
-            if self._blocks[0].awaits_idle_worker:  # no worker was: the next block has no groups
-                self._store_solved()
             while not self._blocks[0].is_stored:
                 self._crew.later.wait()
             collect(self._blocks.popleft(), self._crew, self._progress)

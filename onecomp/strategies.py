@@ -92,6 +92,7 @@ class ErrorPropagation(Strategy):
             work.solved += solved
             unit = Unit("apply", block.index, indices[0])
             crew.carry_everywhere(unit, indices, *(group.results for group in solved))
+        meanwhile()  # a block without groups keeps nobody busy
         crew.finish_block(block)
         work.awaits_idle_worker = True
 

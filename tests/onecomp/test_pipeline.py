@@ -296,6 +296,14 @@ def test_blocks_without_targets_are_passed_and_kept(llama, tmp_path, qep):
         assert torch.equal(loaded.get_parameter(name), original.get_parameter(name))
 
 
+@pytest.mark.parametrize("qep", [None, QEPConfig()])
+def test_several_blocks_without_targets_are_stored_one_after_the_other(llama, tmp_path, qep):
+    quantizer = GPTQ(groupsize=32, include_layer_keywords=["layers.2.mlp"])
+    assert len(quantize(llama, tmp_path / "run", quantizer, qep)) == 3
+    events = RunDirectory(tmp_path / "run").events("block")
+    assert [event["block"] for event in events] == [0, 1, 2]
+
+
 def test_a_named_layer_outside_the_blocks_is_refused(llama, tmp_path):
     quantizer = GPTQ(groupsize=32, include_layer_names=["lm_head"], exclude_layer_names=[])
     with pytest.raises(ConfigError, match="lm_head lies outside the decoder blocks"):
