@@ -3,9 +3,10 @@
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -171,11 +172,19 @@ def find_layers(quantizer: Quantizer, skeleton: Skeleton) -> ModelLayout:
     for name in inside:
         layer = selected[name]
         problems += quantizer.layer_problems(name, layer.in_features, layer.out_features)
+    problems += quantizer.model_problems(_shapes(selected, inside))
     if not inside and not problems:
         problems.append("no layer is selected. Widen the include_ or narrow the exclude_ settings.")
     if problems:
         raise ConfigError(type(quantizer).__name__, problems)
+    for remark in quantizer.remarks(_shapes(selected, inside)):
+        logger.warning("%s: %s", quantizer.name, remark)
     return inspect_model(skeleton, inside)
+
+
+def _shapes(layers: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """``(out_features, in_features)`` of the named layers."""
+    return {name: (layers[name].out_features, layers[name].in_features) for name in names}
 
 
 def log_coverage(skeleton: Skeleton, layout: ModelLayout) -> None:

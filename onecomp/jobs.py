@@ -10,17 +10,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.errors import LayerError, QuantizationError
-from onecomp.linalg import all_finite, one_thread
+from onecomp.linalg import all_finite, one_thread, quadratic_form
 from onecomp.models.layout import InputGroup
 from onecomp.qep.config import QEPConfig
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer.base import Quantizer
-from onecomp.quantizer.errors_of import RowErrors
+from onecomp.quantizer.errors_of import RowErrors, output_errors
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.pieces import RowPiece, piece_cost, prepare_cost, row_pieces, row_tile
 from onecomp.quantizer.result import QuantizationResult
 from onecomp.schedule import GroupCost, is_worth_splitting
 from onecomp.statistics import GroupStatistics
+
+NOT_WORSE = 1 + 1e-4
+"""Up to this multiple of plain rounding's error a layer is as good: sums have last bits."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +213,11 @@ def prepare_group(
     num_tokens = 0 if statistics is None else statistics.num_tokens
     with one_thread(), torch.no_grad():
         if quantizer.flag_hessian:
-            factors = _factors(quantizer, statistics, in_features, device)
-            delta = _delta(statistics, factors, qep, layer_names)
-            for percdamp in quantizer.dampings():
+            factors = _factors(statistics, in_features, device)
+            for key in quantizer.factor_keys():
                 with suppress(QuantizationError):  # who asks for it again is told at once
-                    factors.at(percdamp)
+                    factors.at(key.percdamp, key.by_activation)
+            delta = _delta(statistics, factors, qep, layer_names)
             return PreparedGroup(factors, delta, num_tokens)
         if quantizer.calc_quant_error and statistics is not None:
             return PreparedGroup(HessianFactors(statistics.hessian().to(device)), None, num_tokens)
@@ -222,16 +225,12 @@ def prepare_group(
 
 
 def _factors(
-    quantizer: Quantizer,
-    statistics: GroupStatistics | None,
-    in_features: int,
-    device: torch.device | str,
+    statistics: GroupStatistics | None, in_features: int, device: torch.device | str
 ) -> HessianFactors:
     if statistics is None:  # with all inputs alike, second-order methods round to nearest
         reason = "round to nearest: no calibration token reached it"
         return HessianFactors(torch.eye(in_features, device=device), fallbacks=[reason])
-    hessian = statistics.hessian().to(device)
-    return HessianFactors(hessian, quantizer.column_order(hessian))
+    return HessianFactors(statistics.hessian().to(device), statistics.num_tokens)
 
 
 def _delta(
@@ -247,7 +246,7 @@ def _delta(
     if delta is None:
         return None
     try:
-        factors.at(qep.percdamp)
+        factors.in_any_order(qep.percdamp)
     except QuantizationError as error:
         factors.fallbacks.append(f"weights not corrected: {error}")
         return None
@@ -315,7 +314,7 @@ def _corrected(
     if prepared.delta is None or qep is None or not any(map(qep.corrects, rows)):
         return dict(rows)
     stacked = torch.cat(list(rows.values()))
-    factor = prepared.factors.at(qep.percdamp)
+    factor = prepared.factors.in_any_order(qep.percdamp)
     corrected = corrected_weight(stacked, prepared.delta, factor, qep.perccorr)
     parts = corrected.split([len(part) for part in rows.values()])
     return {
@@ -331,19 +330,28 @@ def _errors(
     prepared: PreparedGroup,
     found: HessianFactors | None,
 ) -> dict[str, RowErrors]:
-    """Measured where that was asked for, else what the method knows anyway."""
+    """All where that was asked for; output errors also where a method uses the Hessian."""
     known = {} if found is None else found.row_errors
-    if not quantizer.calc_quant_error:
-        return {name: RowErrors(output=errors.cpu()) for name, errors in known.items()}
-    hessian = prepared.factors.hessian if prepared.num_tokens else None
-    measured = {
-        name: RowErrors.of(result, rows[name], hessian, prepared.num_tokens).cpu()
-        for name, result in results.items()
-    }
-    if hessian is None:
-        known = {name: errors.cpu() for name, errors in known.items()}
-        return {n: replace(errors, output=known.get(n)) for n, errors in measured.items()}
-    return measured
+    hessian = None if found is None or not prepared.num_tokens else found.hessian
+    errors = {}
+    for name, result in results.items():
+        measured = RowErrors(output=known.get(name))
+        if quantizer.calc_quant_error:
+            full = RowErrors.of(result, rows[name], hessian, prepared.num_tokens)
+            measured = full if full.output is not None else replace(full, output=measured.output)
+        elif measured.output is None and hessian is not None:
+            measured = RowErrors(output=output_errors(result, rows[name], hessian))
+        baseline = _baseline_error(quantizer, name, rows[name], hessian)
+        errors[name] = replace(measured, baseline=baseline).cpu()
+    return errors
+
+
+def _baseline_error(
+    quantizer: Quantizer, name: str, rows: Tensor, hessian: Tensor | None
+) -> Tensor | None:
+    """Output error of each row plainly rounded; None where the method is not compared with it."""
+    rounded = None if hessian is None else quantizer.baseline(name, rows)
+    return None if rounded is None else quadratic_form((rows - rounded).T, hessian)
 
 
 def join_pieces(
@@ -361,18 +369,27 @@ def join_pieces(
     pieces = sorted(pieces, key=lambda part: part.piece.index)
     found = [part.piece.index for part in pieces]
     assert found == list(range(pieces[0].piece.count)), f"{found} are not all pieces, each once"
-    results = {name: _join(name, [p for p in pieces if name in p.results]) for name in layer_names}
     fallbacks = list(dict.fromkeys(text for part in pieces for text in part.fallbacks))
+    results = {}
+    for name in layer_names:
+        results[name], ratio = _join(name, [p for p in pieces if name in p.results])
+        if ratio is not None and ratio > NOT_WORSE:
+            fallbacks.append(
+                f"worse than plain rounding: {ratio:.3g} times its output error ({name})"
+            )
     if rounded := sum(part.rounded_rows for part in pieces):
         num_rows = sum(part.piece.num_rows for part in pieces)
         fallbacks.append(f"round to nearest: {rounded} of {num_rows} rows")
     return results, fallbacks
 
 
-def _join(layer_name: str, parts: Sequence[PieceResult]) -> QuantizationResult:
+def _join(layer_name: str, parts: Sequence[PieceResult]) -> tuple[QuantizationResult, float | None]:
+    """A layer's result, and its output error as a multiple of plain rounding's."""
     result = QuantizationResult.join([part.results[layer_name] for part in parts])
     result.quantization_time = sum(part.seconds * part.piece.share(layer_name) for part in parts)
     errors = [part.errors[layer_name] for part in parts if layer_name in part.errors]
-    if errors:
-        RowErrors.join(errors).fill(result, parts[0].piece.in_features)
-    return result
+    if not errors:
+        return result, None
+    joined = RowErrors.join(errors)
+    joined.fill(result, parts[0].piece.in_features)
+    return result, joined.beside_baseline()

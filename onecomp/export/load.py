@@ -6,7 +6,7 @@ and other layers. Here the model is built from its config without that entry.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +26,10 @@ from transformers import (
 
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import CONFIG, TOKENIZER_CONFIG
-from onecomp.export.quant_config import LayerBits, check_quant_config, quantized_layers
+from onecomp.export.quant_config import LayerFormat, check_quant_config, quantized_layers
 from onecomp.models.config import load_tokenizer
 from onecomp.models.source import ModelSource, download_model
-from onecomp.quantizer.gptq.layer import REQUIRED_TENSORS, GPTQLinear
+from onecomp.quantizer.gptq.layer import GPTQLinear
 from onecomp.quantizer.quant_linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -41,21 +41,10 @@ T = TypeVar("T")
 DeviceMap = str | Mapping[str, int | str | torch.device] | None
 
 
-def _gptq_layer(state: dict[str, Tensor], bits: LayerBits, name: str) -> QuantLinear:
-    settings = {"wbits": bits.wbits, "groupsize": bits.groupsize}
-    layer = GPTQLinear.from_saved_state(state, **settings, name=name)
-    groups, low, high = len(layer.scales), *map(int, layer.g_idx.aminmax())
-    if low < 0 or high >= groups:
-        raise InputError(name, f"g_idx has values from {low} to {high} for {groups} groups.")
-    return layer
+LAYERS: dict[str, type[QuantLinear]] = {"gptq": GPTQLinear}
+"""Method of a layer -> the layer that its tensors are of."""
 
-
-LAYER_LOADERS: dict[str, Callable[[dict[str, Tensor], LayerBits, str], QuantLinear]] = {
-    "gptq": _gptq_layer
-}
-"""Method of a layer -> how its tensors become a layer."""
-
-CODE_TENSORS = frozenset(REQUIRED_TENSORS)
+CODE_TENSORS = frozenset().union(*(layer.code_tensors for layer in LAYERS.values()))
 """Names that only quantized layers have."""
 
 
@@ -177,8 +166,8 @@ def _quantized_model(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     modules, states = dict(model.named_modules()), by_module(weights.tensors)
-    for name, bits in quantized_layers(quantization, modules).items():
-        layer = load_layer(states.pop(name, {}), bits, name, weights.directory)
+    for name, stored in quantized_layers(quantization, modules).items():
+        layer = load_layer(states.pop(name, {}), stored, name, weights.directory)
         _place_layer(modules, name, layer, weights.directory)
     for name, tensors in states.items():
         _fill_module(modules.get(name), name, tensors, weights.directory)
@@ -188,17 +177,17 @@ def _quantized_model(
 
 
 def load_layer(
-    state: dict[str, Tensor], bits: LayerBits, name: str, directory: Path
+    state: dict[str, Tensor], stored: LayerFormat, name: str, directory: Path
 ) -> QuantLinear:
     """One quantized layer from its tensors.
 
     Raises:
         InputError: An unknown method, or tensors that do not fit.
     """
-    if bits.method not in LAYER_LOADERS:
-        known = ", ".join(sorted(LAYER_LOADERS))
-        raise InputError(directory, f"{name}: method {bits.method!r} is unknown. Known: {known}.")
-    return LAYER_LOADERS[bits.method](state, bits, f"{directory}: {name}")
+    if stored.method not in LAYERS:
+        known = ", ".join(sorted(LAYERS))
+        raise InputError(directory, f"{name}: method {stored.method!r} is unknown. Known: {known}.")
+    return LAYERS[stored.method].from_checkpoint(state, stored, f"{directory}: {name}")
 
 
 def _place_layer(

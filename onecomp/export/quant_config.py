@@ -2,25 +2,48 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from onecomp.errors import ConfigError, InputError
 
-LAYER_METHODS = {"gptq": "gptq", "mixed_gptq": "gptq"}
-"""``quant_method`` of the checkpoint -> method of layers whose entry names none."""
+LAYER_METHODS = {
+    "gptq": "gptq",
+    "mixed_gptq": "gptq",
+    "dbf": "dbf",
+    "onebit": "onebit",
+    "autobit": "gptq",
+}
+"""``quant_method`` of the checkpoint -> method of layers whose entry names none. Layers of several
+methods make ``autobit``."""
+BITS_BY_NAME = ("module_wbits", "module_target_bits")
+BITS_OF_MLPS = ("mlp_wbits", "mlp_target_bits")
+"""Keys of the model-wide settings that a layer's bits may be under, else ``bits``."""
+GROUP_SIZE = "group_size"
 
 _BLOCK_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerBits:
+@dataclass(frozen=True)
+class LayerFormat:
     """How one layer is stored."""
 
-    wbits: int
-    groupsize: int = -1
-    """Columns per group, -1 for all."""
-    method: str = "gptq"
+    method: str
+    """Whose tensors they are: ``gptq``, ``dbf`` or ``onebit``."""
+    bits: int | float
+    """Bits per weight that were asked for; a whole number with codes."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """What else the layer's entry holds, e.g. ``group_size``."""
+
+
+def gptq_format(wbits: int, groupsize: int) -> LayerFormat:
+    """A layer of integer codes.
+
+    Args:
+        wbits: Bits per weight.
+        groupsize: Columns per group, -1 for all.
+    """
+    return LayerFormat("gptq", wbits, {GROUP_SIZE: groupsize})
 
 
 def gptq_quant_config(
@@ -64,7 +87,7 @@ def gptq_quant_config(
 
 
 def finalize_quant_config(
-    config: Mapping[str, Any], layers: Mapping[str, LayerBits], num_hidden_layers: int | None
+    config: Mapping[str, Any], layers: Mapping[str, LayerFormat], num_hidden_layers: int | None
 ) -> dict[str, Any]:
     """``config`` with everything that depends on which layers were quantized.
 
@@ -97,9 +120,9 @@ def finalize_quant_config(
         final["quant_method"] = "mixed_gptq"
     problems = [
         f"{name}: {layers[name]} is outside the numbered blocks, where only the model-wide "
-        f"setting {layer_bits(final, name)} can be stored. Exclude it or add it to module_wbits."
+        f"setting {layer_format(final, name)} can be stored. Exclude it or add it to module_wbits."
         for name in names
-        if layer_bits(final, name) != layers[name]
+        if layer_format(final, name) != layers[name]
     ]
     if problems:
         raise ConfigError("quantization_config", problems)
@@ -117,29 +140,30 @@ def split_layer_name(layer_name: str) -> tuple[int, str] | None:
     return None if match is None else (int(match[1]), layer_name[match.end() :])
 
 
-def layer_bits(config: Mapping[str, Any], layer_name: str) -> LayerBits:
+def layer_format(config: Mapping[str, Any], layer_name: str) -> LayerFormat:
     """How ``layer_name`` is stored: its own entry, else the model-wide settings.
 
     Raises:
         InputError: Neither says how many bits.
     """
     entry = _entry(config, layer_name) or {}
-    wbits = entry.get("bits", _default(config, layer_name, "bits", "mlp_wbits"))
-    if wbits is None:
+    bits = entry.get("bits", _default_bits(config, layer_name))
+    if bits is None:
         raise InputError(
             "quantization_config", f"no bits for {layer_name}, neither its own nor the model's."
         )
-    params = entry.get("params", {})
-    groupsize = entry.get("group_size", params.get("group_size"))
+    params = dict(entry.get("params", {}))
+    groupsize = entry.get(GROUP_SIZE, params.get(GROUP_SIZE))
     if groupsize is None:
-        groupsize = _default(config, layer_name, "group_size", "mlp_groupsize")
-    method = entry.get("method", LAYER_METHODS[config["quant_method"]])
-    return LayerBits(wbits=wbits, groupsize=-1 if groupsize is None else groupsize, method=method)
+        groupsize = _default_groupsize(config, layer_name)
+    if groupsize is not None:
+        params[GROUP_SIZE] = groupsize
+    return LayerFormat(entry.get("method", LAYER_METHODS[config["quant_method"]]), bits, params)
 
 
 def quantized_layers(
     config: Mapping[str, Any], module_names: Iterable[str]
-) -> dict[str, LayerBits]:
+) -> dict[str, LayerFormat]:
     """Full name of every quantized layer -> how it is stored.
 
     Args:
@@ -149,7 +173,7 @@ def quantized_layers(
     names = config.get("quantized_layer_names")
     if names is None:
         names = [name for name in module_names if _entry(config, name)]
-    return {name: layer_bits(config, name) for name in names}
+    return {name: layer_format(config, name) for name in names}
 
 
 def check_quant_config(config: Mapping[str, Any], subject: object) -> None:
@@ -180,7 +204,7 @@ def check_quant_config(config: Mapping[str, Any], subject: object) -> None:
 
 
 def _bits_by_block(
-    layers: Mapping[str, LayerBits], num_hidden_layers: int
+    layers: Mapping[str, LayerFormat], num_hidden_layers: int
 ) -> list[dict[str, dict[str, Any]]]:
     blocks: list[dict[str, dict[str, Any]]] = [{} for _ in range(num_hidden_layers)]
     for name in sorted(layers):
@@ -193,18 +217,18 @@ def _bits_by_block(
                 "quantization_config",
                 [f"{name} is in block {index}, but num_hidden_layers={num_hidden_layers}."],
             )
-        bits = layers[name]
+        stored = layers[name]
         blocks[index][suffix] = {
-            "bits": bits.wbits,
-            "method": bits.method,
-            "params": {"group_size": bits.groupsize},
+            "bits": stored.bits,
+            "method": stored.method,
+            "params": dict(stored.params),
         }
     return blocks
 
 
-def _needs_mixed(config: Mapping[str, Any], layers: Mapping[str, LayerBits]) -> bool:
-    wanted = (config["bits"], config["group_size"])
-    uniform = all((bits.wbits, bits.groupsize) == wanted for bits in layers.values())
+def _needs_mixed(config: Mapping[str, Any], layers: Mapping[str, LayerFormat]) -> bool:
+    usual = gptq_format(config["bits"], config[GROUP_SIZE])
+    uniform = all(stored == usual for stored in layers.values())
     return not uniform or config["rotated"] or any(".experts." in name for name in layers)
 
 
@@ -215,10 +239,19 @@ def _entry(config: Mapping[str, Any], layer_name: str) -> Mapping[str, Any] | No
     return blocks[place[0]].get(place[1])
 
 
-def _default(config: Mapping[str, Any], layer_name: str, key: str, mlp_key: str) -> int | None:
-    """Model-wide setting for a layer: by name, else for MLPs, else for all."""
-    if key == "bits" and layer_name in config.get("module_wbits", {}):
-        return config["module_wbits"][layer_name]
-    if "mlp" in layer_name and mlp_key in config:
-        return config[mlp_key]
-    return config.get(key)
+def _default_bits(config: Mapping[str, Any], layer_name: str) -> int | float | None:
+    """Model-wide bits for a layer: by name, else for MLPs, else for all."""
+    for key in BITS_BY_NAME:
+        if layer_name in (config.get(key) or {}):
+            return config[key][layer_name]
+    if "mlp" in layer_name:
+        for key in BITS_OF_MLPS:
+            if config.get(key) is not None:
+                return config[key]
+    return config.get("bits")
+
+
+def _default_groupsize(config: Mapping[str, Any], layer_name: str) -> int | None:
+    if "mlp" in layer_name and "mlp_groupsize" in config:
+        return config["mlp_groupsize"]
+    return config.get(GROUP_SIZE)

@@ -23,17 +23,13 @@ from onecomp.export.load import (
     load_quantized_model,
     read_json,
 )
-from onecomp.export.quant_config import LayerBits, check_quant_config, quantized_layers
+from onecomp.export.quant_config import LayerFormat, check_quant_config, quantized_layers
 from onecomp.export.save import block_names, outer_names
 from onecomp.models.skeleton import Skeleton
 from onecomp.models.source import ModelSource
-from onecomp.quantizer import GPTQ, RTN, QuantizationResult, Quantizer
-from onecomp.quantizer.gptq.result import GPTQResult
-from onecomp.quantizer.rtn.result import RTNResult
+from onecomp.quantizer.inference import inference_layer
+from onecomp.quantizer.result import QuantizationResult
 from onecomp.store import RunDirectory
-
-PACKERS: dict[type[QuantizationResult], Quantizer] = {GPTQResult: GPTQ(), RTNResult: RTN()}
-"""Who makes a result's layer; the settings that made the result are of no account."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class Checkpoint:
         return {name for name, leaves in self.modules.items() if CODE_TENSORS & set(leaves)}
 
     @cached_property
-    def quantized(self) -> dict[str, LayerBits]:
+    def quantized(self) -> dict[str, LayerFormat]:
         """Layers that are quantized by the configuration."""
         if self.quantization is None:
             return {}
@@ -258,14 +254,14 @@ def _packed_state(
     result: QuantizationResult, shape: tuple[int, int], found: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
     """A layer's tensors as its result gives them, packed or not as in the checkpoint."""
-    packer = next((p for kind, p in PACKERS.items() if isinstance(result, kind)), None)
-    if packer is None:
-        return found  # a method of the user's own: its dequantized weight decides
     linear = nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    unpacked = packer.create_inference_layer(result, linear, pack_weights=False).packed_state()
-    if "qweight" in found and found["qweight"].shape == unpacked["qweight"].shape:
-        return unpacked
-    return packer.create_inference_layer(result, linear, pack_weights=True).packed_state()
+    try:
+        packed = inference_layer(result, linear).packed_state()
+    except NotImplementedError:
+        return found  # a method of the user's own: its dequantized weight decides
+    unpacked = inference_layer(result, linear, pack_weights=False).packed_state()
+    alike = {leaf: tensor.shape for leaf, tensor in found.items()}
+    return unpacked if alike == {n: t.shape for n, t in unpacked.items()} else packed
 
 
 def _names_outside(

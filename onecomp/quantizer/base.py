@@ -18,7 +18,8 @@ from onecomp.linalg import one_thread
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer import result_files
 from onecomp.quantizer.errors_of import RowErrors
-from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.factors import FactorKey, HessianFactors
+from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.quant_linear import QuantLinear
 from onecomp.quantizer.result import QuantizationResult
 from onecomp.statistics import GroupStatistics
@@ -100,6 +101,18 @@ class Quantizer(ABC):
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """What keeps this layer from being quantized with these settings, one sentence each."""
+        return []
+
+    def model_problems(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """What keeps these layers from being quantized that only all of them together show.
+
+        Args:
+            shapes: ``(out_features, in_features)`` of every target layer by full name.
+        """
+        return []
+
+    def remarks(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """What the user should know of these settings on these layers, said once before the run."""
         return []
 
     # Layers
@@ -236,15 +249,8 @@ class Quantizer(ABC):
 
     # A group of layers with the same input: what the pipeline calls
 
-    def column_order(self, hessian: Float[Tensor, "in in"]) -> Tensor | None:
-        """Order in which the method solves the columns; None for the layer's own."""
-        return None
-
-    def dampings(self) -> tuple[float, ...]:
-        """Dampings of the factors that ``quantize_weights`` asks for: they are made once, before.
-
-        Fractions of the Hessian's mean diagonal.
-        """
+    def factor_keys(self) -> tuple[FactorKey, ...]:
+        """Factors that ``quantize_weights`` asks for: they are made once, before."""
         return ()
 
     def piece_key(self, layer_name: str) -> tuple[int, ...]:
@@ -254,6 +260,16 @@ class Quantizer(ABC):
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """Multiplications that take as long as ``quantize_weights`` of so many rows on a CPU."""
         return float(num_rows * in_features * (in_features if self.flag_hessian else 1))
+
+    def baseline(
+        self, layer_name: str, weight: Float[Tensor, "_ in"]
+    ) -> Float[Tensor, "_ in"] | None:
+        """Rows of a layer plainly rounded at the same bits, float32.
+
+        The pipeline notes in the journal where the result's output error is larger than theirs.
+        None where a method compares by itself, or is plain rounding.
+        """
+        return None
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
@@ -319,12 +335,12 @@ class Quantizer(ABC):
     def create_inference_layer(
         self, result: QuantizationResult, linear_module: nn.Linear, **kwargs: object
     ) -> QuantLinear:
-        """The layer that runs and is saved in place of ``linear_module``.
+        """The layer that runs and is saved in place of ``linear_module``; by the kind of result.
 
         Raises:
-            NotImplementedError: The method has no checkpoint format.
+            NotImplementedError: Results of this kind have no layer of their own.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no inference layer of its own.")
+        return inference_layer(result, linear_module, **kwargs)
 
     def finalize_quant_config_for_save(
         self,

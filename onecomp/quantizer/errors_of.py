@@ -1,5 +1,6 @@
 """Errors of a result against the weight it stands for, row by row, so that pieces add up."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ class RowErrors:
     """``||w - ŵ||²`` and ``||w||²``, float64."""
     output: Float[Tensor, "2 out"] | None = None
     """``(w - ŵ) H (w - ŵ)ᵀ`` and ``w H wᵀ``."""
+    baseline: Float[Tensor, " out"] | None = None
+    """Output error of the row plainly rounded, where the method is compared with that."""
     num_tokens: int = 0
     """Tokens that ``H`` is the mean of; 0 where only the ratio of output errors is to be told."""
 
@@ -36,23 +39,33 @@ class RowErrors:
         squares = torch.stack([part.double().square().sum(dim=1) for part in pair])
         if hessian is None:
             return cls(squares)
-        return cls(
-            squares, torch.stack([quadratic_form(part.T, hessian) for part in pair]), num_tokens
-        )
+        return cls(squares, output_errors(result, weight, hessian), num_tokens=num_tokens)
 
     @staticmethod
     def join(parts: Sequence["RowErrors"]) -> "RowErrors":
         """Errors of a layer from those of consecutive rows."""
-        weight, output = (
-            None if None in rows else torch.cat(rows, dim=1)
-            for rows in zip(*((part.weight, part.output) for part in parts), strict=True)
+        weight, output, baseline = (
+            None if None in rows else torch.cat(rows, dim=-1)
+            for rows in zip(*(part._tensors() for part in parts), strict=True)
         )
-        return replace(parts[0], weight=weight, output=output)
+        return replace(parts[0], weight=weight, output=output, baseline=baseline)
 
     def cpu(self) -> "RowErrors":
         """The same in the processor's memory."""
-        weight, output = (None if t is None else t.cpu() for t in (self.weight, self.output))
-        return replace(self, weight=weight, output=output)
+        weight, output, baseline = (None if t is None else t.cpu() for t in self._tensors())
+        return replace(self, weight=weight, output=output, baseline=baseline)
+
+    def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.weight, self.output, self.baseline
+
+    def beside_baseline(self) -> float | None:
+        """Output error as a multiple of plain rounding's; None where nothing is compared."""
+        if self.baseline is None or self.output is None:
+            return None
+        error, rounded = self.output[0].double().sum().item(), self.baseline.double().sum().item()
+        if rounded > 0:
+            return error / rounded
+        return math.inf if error > 0 else 1.0
 
     def fill(self, result: QuantizationResult, in_features: int) -> None:
         """Fill the error fields that are known; sums over rows are float64."""
@@ -67,6 +80,14 @@ class RowErrors:
             if self.num_tokens:
                 result.output_squared_error = error * self.num_tokens / 2
                 result.mean_output_squared_error = error / (2 * self.output.shape[1])
+
+
+def output_errors(
+    result: QuantizationResult, weight: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]
+) -> Float[Tensor, "2 out"]:
+    """Output error of each row of a result, and the output energy of the row itself."""
+    pair = weight - result.dequantize(weight.device), weight
+    return torch.stack([quadratic_form(part.T, hessian) for part in pair])
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -19,6 +19,16 @@ LADDER = (
 """Rungs: how many times the damping asked for, and in which precision, until a factor exists."""
 
 
+@dataclass(frozen=True, order=True)
+class FactorKey:
+    """Which factor of a Hessian."""
+
+    percdamp: float
+    """Damping, a fraction of the mean diagonal."""
+    by_activation: bool = False
+    """Columns in the order of falling activation (the Hessian's diagonal), or in the layer's."""
+
+
 @dataclass
 class HessianFactors:
     """Factors of one Hessian, made when first asked for and kept; and what was found with them.
@@ -28,38 +38,56 @@ class HessianFactors:
 
     Args:
         hessian: ``2 / tokens * XᵀX``.
-        order: Order in which columns are solved; None for the layer's own.
+        num_tokens: Tokens that it is the mean over; 0 where that is not known.
     """
 
     hessian: Float[Tensor, "in in"]
-    order: Tensor | None = None
+    num_tokens: int = 0
     fallbacks: list[str] = field(default_factory=list)
     """What the ladder or a method had to do other than asked, in words for the journal."""
     rounded_rows: int = 0
     """Rows that a method rounded to nearest because that served them better."""
     row_errors: dict[str, Float[Tensor, "2 out"]] = field(default_factory=dict)
     """By layer name, output error and output energy of each row, where the method knows them."""
-    _known: dict[float, HessianFactor] = field(default_factory=dict, repr=False)
-    _failed: dict[float, str] = field(default_factory=dict, repr=False)
+    _known: dict[FactorKey, HessianFactor] = field(default_factory=dict, repr=False)
+    _failed: dict[FactorKey, str] = field(default_factory=dict, repr=False)
 
-    def at(self, percdamp: float) -> HessianFactor:
+    def at(self, percdamp: float, by_activation: bool = False) -> HessianFactor:
         """The factor with damping ``percdamp`` times the mean diagonal, or the next that exists.
+
+        Args:
+            percdamp: Damping, a fraction of the mean diagonal.
+            by_activation: Columns in the order of falling activation, or in the layer's own.
 
         Raises:
             QuantizationError: Not even a hundred times the damping in float64 was enough.
         """
-        if percdamp in self._failed:
-            raise QuantizationError(self._failed[percdamp])
-        if percdamp not in self._known:
-            self._known[percdamp] = self._climb(percdamp)
-        return self._known[percdamp]
+        return self._factor(FactorKey(percdamp, by_activation))
 
-    def _climb(self, percdamp: float) -> HessianFactor:
-        reason = ""
+    def in_any_order(self, percdamp: float) -> HessianFactor:
+        """A factor with this damping that is there already, else the one in the layer's order.
+
+        Raises:
+            QuantizationError: Not even a hundred times the damping in float64 was enough.
+        """
+        there = sorted(key for key in (*self._known, *self._failed) if key.percdamp == percdamp)
+        return self._factor(there[0] if there else FactorKey(percdamp))
+
+    def _factor(self, key: FactorKey) -> HessianFactor:
+        if key in self._failed:
+            raise QuantizationError(self._failed[key])
+        if key not in self._known:
+            self._known[key] = self._climb(key)
+        return self._known[key]
+
+    def _climb(self, key: FactorKey) -> HessianFactor:
+        reason, percdamp, order = "", key.percdamp, None
+        if key.by_activation:
+            order = torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
         for more, dtype in LADDER:
             try:
                 factor = HessianFactor.of(
-                    self.hessian, percdamp=percdamp * more, order=self.order, dtype=dtype
+                    self.hessian, percdamp=percdamp * more, order=order, dtype=dtype
                 )
             except QuantizationError as error:
                 reason = str(error)
@@ -67,7 +95,7 @@ class HessianFactors:
             if (more, dtype) != LADDER[0]:
                 self.fallbacks.append(f"percdamp {percdamp:g} -> {percdamp * more:g} in {dtype}")
             return factor
-        self._failed[percdamp] = reason
+        self._failed[key] = reason
         raise QuantizationError(reason)
 
     def for_piece(self) -> "HessianFactors":
@@ -78,27 +106,33 @@ class HessianFactors:
         """The same factors on a device; themselves where they are there."""
         if self.hessian.device == torch.device(device):
             return self
-        order = None if self.order is None else self.order.to(device)
         known = {
-            percdamp: HessianFactor(order, factor.upper.to(device), factor.percdamp)
-            for percdamp, factor in self._known.items()
+            key: HessianFactor(
+                None if factor.order is None else factor.order.to(device),
+                factor.upper.to(device),
+                factor.percdamp,
+            )
+            for key, factor in self._known.items()
         }
-        return replace(self, hessian=self.hessian.to(device), order=order, _known=known)
+        return replace(self, hessian=self.hessian.to(device), _known=known)
 
     def __getstate__(self) -> dict[str, object]:
-        uppers = {
-            percdamp: (_to_strips(factor.upper), factor.percdamp)
-            for percdamp, factor in self._known.items()
+        sent = {
+            key: (
+                None if factor.order is None else factor.order.cpu(),
+                _to_strips(factor.upper),
+                factor.percdamp,
+            )
+            for key, factor in self._known.items()
         }
-        order = None if self.order is None else self.order.cpu()
-        return vars(self) | {"hessian": _to_strips(self.hessian), "order": order, "_known": uppers}
+        return vars(self) | {"hessian": _to_strips(self.hessian), "_known": sent}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self.hessian = from_strips(state["hessian"])
         self._known = {
-            percdamp: HessianFactor(self.order, _upper_from_strips(strips), damping)
-            for percdamp, (strips, damping) in state["_known"].items()
+            key: HessianFactor(order, _upper_from_strips(strips), percdamp)
+            for key, (order, strips, percdamp) in state["_known"].items()
         }
 
 

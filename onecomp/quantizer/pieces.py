@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onecomp.qep.config import QEPConfig
 from onecomp.quantizer.base import Quantizer
+from onecomp.quantizer.factors import FactorKey
 
 LEAST_ROWS = 100
 """No layer is cut finer: products of a handful of rows have other bits, and are slow."""
@@ -134,11 +135,12 @@ def prepare_cost(
     quantizer: Quantizer, in_features: int, qep: QEPConfig | None, device_type: str = "cpu"
 ) -> float:
     """Multiplications that take as long as making the factors of a group, as ``piece_cost``."""
-    dampings = set(quantizer.dampings())
-    if qep is not None and quantizer.flag_hessian:
-        dampings.add(qep.percdamp)
+    keys = set(quantizer.factor_keys())
+    is_corrected = qep is not None and quantizer.flag_hessian
+    if is_corrected and qep.percdamp not in {key.percdamp for key in keys}:
+        keys.add(FactorKey(qep.percdamp))
     each = FACTOR_COST.get(device_type, FACTOR_COST["cuda"])
-    return len(dampings) * each * in_features**3
+    return len(keys) * each * in_features**3
 
 
 def piece_cost(quantizer: Quantizer, piece: RowPiece, qep: QEPConfig | None) -> float:

@@ -1,12 +1,15 @@
 """The interface of a linear layer that is stored in quantized form."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from onecomp.export.quant_config import LayerFormat
 
 
 class QuantLinear(nn.Module, ABC):
@@ -16,9 +19,27 @@ class QuantLinear(nn.Module, ABC):
     in ``tunable_parameters()``.
     """
 
+    code_tensors: ClassVar[frozenset[str]]
+    """Names of tensors that only such layers have in a checkpoint."""
     in_features: int
     out_features: int
     bias: Tensor | None
+
+    @classmethod
+    @abstractmethod
+    def from_checkpoint(
+        cls, state: Mapping[str, Tensor], stored: LayerFormat, name: str
+    ) -> "QuantLinear":
+        """Layer around the tensors of a checkpoint, which are not copied.
+
+        Args:
+            state: The layer's tensors by their name inside it.
+            stored: What the checkpoint's configuration says of them.
+            name: What errors call the layer.
+
+        Raises:
+            InputError: A tensor is missing, unexpected or does not fit.
+        """
 
     @abstractmethod
     def dequantize(self) -> Float[Tensor, "out in"]:

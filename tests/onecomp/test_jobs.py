@@ -233,7 +233,7 @@ def test_what_is_sent_takes_little_more_than_half_of_a_square():
     names, matrix_bytes = ["q_proj"], 4 * size**2
     plain = prepare_group(GPTQ(actorder=True), statistics, None, names, size)
     corrected = prepare_group(GPTQ(), statistics, QEPConfig(percdamp=0.1), names, size)
-    plain.factors.at(0.01).unit_upper  # noqa: B018 - a piece was solved before
+    plain.factors.at(0.01, by_activation=True).unit_upper  # noqa: B018 - a piece was solved before
     assert len(pickle.dumps(plain)) < 2 * 0.65 * matrix_bytes
     assert len(pickle.dumps(corrected)) < (1 + 3 * 0.65) * matrix_bytes
     assert prepare_group(RTN(), None, None, names, size) == PreparedGroup()
@@ -242,13 +242,17 @@ def test_what_is_sent_takes_little_more_than_half_of_a_square():
 @pytest.mark.parametrize("size", [48, 300, 513])
 def test_factors_arrive_as_they_were(size):
     hessian = sums(size, num_tokens=2 * size).hessian()
-    factors = HessianFactors(hessian, torch.randperm(size, generator=torch.Generator()))
-    factors.at(0.01)
+    factors = HessianFactors(hessian, 2 * size)
+    made = factors.at(0.01), factors.at(0.01, by_activation=True)
     arrived = sent(factors)
     assert torch.equal(arrived.hessian, hessian)
-    assert torch.equal(arrived.order, factors.order)
-    assert torch.equal(arrived.at(0.01).upper, factors.at(0.01).upper)
-    assert torch.equal(arrived.at(0.01).unit_upper, factors.at(0.01).unit_upper)
+    assert arrived.num_tokens == 2 * size
+    there = arrived.at(0.01), arrived.at(0.01, by_activation=True)
+    assert there[0].order is None
+    assert torch.equal(there[1].order, torch.argsort(hessian.diagonal(), descending=True))
+    for factor, original in zip(there, made, strict=True):
+        assert torch.equal(factor.upper, original.upper)
+        assert torch.equal(factor.unit_upper, original.unit_upper)
 
 
 def indefinite(size: int = SIZE) -> GroupStatistics:

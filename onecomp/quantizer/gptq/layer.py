@@ -11,7 +11,9 @@ from torch.nn import functional
 
 from onecomp.errors import InputError
 from onecomp.export.packing import pack_columns, pack_rows, packable, unpack_columns
+from onecomp.export.quant_config import GROUP_SIZE, LayerFormat
 from onecomp.quantizer.gptq.result import GPTQResult, group_index
+from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.quant_linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class GPTQLinear(QuantLinear):
     """
 
     checkpoint_format = "gptq"
+    code_tensors = frozenset(REQUIRED_TENSORS)
 
     def __init__(
         self,
@@ -109,6 +112,18 @@ class GPTQLinear(QuantLinear):
             state["bias"] = linear.bias.detach().clone()
         layer = cls.from_saved_state(state, wbits=wbits, groupsize=groupsize)
         return layer if linear.weight.is_meta else layer.to(linear.weight.device)
+
+    @classmethod
+    def from_checkpoint(
+        cls, state: Mapping[str, Tensor], stored: LayerFormat, name: str
+    ) -> "GPTQLinear":
+        """Layer around the tensors of a checkpoint, with every group number checked."""
+        groupsize = stored.params.get(GROUP_SIZE, -1)
+        layer = cls.from_saved_state(state, wbits=int(stored.bits), groupsize=groupsize, name=name)
+        groups, low, high = len(layer.scales), *map(int, layer.g_idx.aminmax())
+        if low < 0 or high >= groups:
+            raise InputError(name, f"g_idx has values from {low} to {high} for {groups} groups.")
+        return layer
 
     @classmethod
     def from_saved_state(
@@ -200,6 +215,11 @@ class GPTQLinear(QuantLinear):
             groups = steps.unflatten(1, (num_groups, -1))
             weight = (groups.sub_(zeros.unsqueeze(2)) * scales.unsqueeze(2)).flatten(1)
         return weight.to(dtype)
+
+
+@inference_layer.register
+def _(result: GPTQResult, linear: nn.Linear, *, pack_weights: bool = True) -> GPTQLinear:
+    return GPTQLinear.from_quantization_result(result, linear, pack_weights)
 
 
 def _by_group(values: Tensor | None, groupsize: int) -> Float[Tensor, "groups out"]:

@@ -1,21 +1,21 @@
 """GPTQ's settings, and how it treats layers that share an input."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from onecomp.errors import LayerError, QuantizationError
-from onecomp.export.quant_config import LayerBits, finalize_quant_config, gptq_quant_config
+from onecomp.errors import QuantizationError
+from onecomp.export.quant_config import LayerFormat, gptq_format, gptq_quant_config
 from onecomp.linalg import quadratic_form
-from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.errors_of import RowErrors
-from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.factors import FactorKey, HessianFactors
+from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.gptq.algorithm import (
     GridRule,
     Solution,
@@ -23,7 +23,6 @@ from onecomp.quantizer.gptq.algorithm import (
     gptq_quantize,
     nearest_solution,
 )
-from onecomp.quantizer.gptq.layer import GPTQLinear
 from onecomp.quantizer.gptq.result import GPTQResult
 from onecomp.quantizer.grid import SEARCH_COST, GridSearch
 from onecomp.quantizer.pieces import even_cuts, row_tile
@@ -35,8 +34,15 @@ WEIGHT_COST = 4000
 """The same for a weight, beside its share in products."""
 
 
+class LayerBits(NamedTuple):
+    """What the grids of a layer are."""
+
+    wbits: int
+    groupsize: int
+
+
 @dataclass
-class GPTQ(Quantizer):
+class GPTQ(WeightQuantizer):
     """Second-order layer-wise quantization (Frantar et al., 2023, arXiv:2210.17323).
 
     ``static_groups`` is an addition: with ``actorder`` the columns are solved in order of
@@ -166,48 +172,13 @@ class GPTQ(Quantizer):
             groupsize=self.resolve_groupsize(layer_name, self.groupsize, self.mlp_groupsize),
         )
 
-    def quantize_layer(
-        self,
-        module: nn.Module,
-        input: Sequence[Tensor] | Tensor | None = None,  # noqa: A002 - documented name
-        hessian: Tensor | None = None,
-    ) -> GPTQResult:
-        """Quantize one layer.
-
-        Args:
-            module: A linear layer.
-            input: Its input ``(..., in)``, or the tuple a hook gets; used without ``hessian``.
-            hessian: ``2 / tokens * XᵀX``.
-
-        Raises:
-            LayerError: Neither input nor Hessian, or a group size that does not fit.
-        """
-        name = self.module_to_name.get(module)
-        weight = module.weight.data.float()
-        if problems := self.layer_problems(name or "the layer", weight.shape[1], weight.shape[0]):
-            raise LayerError(name or "the layer", problems[0])
-        if hessian is None:
-            if input is None:
-                raise LayerError(name or "the layer", "GPTQ needs its input or its Hessian.")
-            hessian = self._observe(input).hessian()
-        hessian = hessian.float()
-        factors = HessianFactors(hessian, self.column_order(hessian))
-        return self.quantize_weights({name or "": weight}, factors)[name or ""]
-
-    def column_order(self, hessian: Float[Tensor, "in in"]) -> Tensor | None:
-        """Falling diagonal of the Hessian with ``actorder``."""
-        if not self.actorder:
-            return None
-        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-
-    def dampings(self) -> tuple[float, ...]:
+    def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""
-        return (self.percdamp,)
+        return (FactorKey(self.percdamp, self.actorder),)
 
     def piece_key(self, layer_name: str) -> tuple[int, int]:
         """Bits and group size: layers with the same are solved together."""
-        bits = self.layer_bits(layer_name)
-        return bits.wbits, bits.groupsize
+        return self.layer_bits(layer_name)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """Calls by column, products, and what is done to each weight."""
@@ -255,7 +226,7 @@ class GPTQ(Quantizer):
     ) -> tuple[Solution, Float[Tensor, "2 out"]]:
         """Solution of rows, and each row's output error and output energy."""
         try:
-            factor = factors.at(self.percdamp)
+            factor = factors.at(self.percdamp, self.actorder)
         except QuantizationError as error:
             factors.fallbacks.append(f"round to nearest: {error}")
             solution = nearest_solution(weight, fit_static_grid(weight, rule), rule.groupsize)
@@ -314,19 +285,7 @@ class GPTQ(Quantizer):
     def _has_groups(self) -> bool:
         return any(size not in (None, -1) for size in (self.groupsize, self.mlp_groupsize))
 
-    # pyrefly: ignore[bad-override]  # a method is only given results of its own
-    def create_inference_layer(
-        self, result: GPTQResult, linear_module: nn.Linear, **kwargs: object
-    ) -> GPTQLinear:
-        """The layer that runs and is saved in place of ``linear_module``."""
-        return GPTQLinear.from_quantization_result(result, linear_module, **kwargs)
-
-    def finalize_quant_config_for_save(
-        self,
-        quant_config: dict,
-        quantized_layer_names: Sequence[str],
-        num_hidden_layers: int | None,
-    ) -> dict:
-        """Add bits and group sizes of the layers where they differ."""
-        layers = {name: self.layer_bits(name) for name in quantized_layer_names}
-        return finalize_quant_config(quant_config, layers, num_hidden_layers)
+    def layer_format(self, layer_name: str) -> LayerFormat:
+        """GPTQ's layout."""
+        bits = self.layer_bits(layer_name)
+        return gptq_format(bits.wbits, bits.groupsize)

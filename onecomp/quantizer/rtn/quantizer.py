@@ -1,26 +1,24 @@
 """Round to nearest: every weight on its own, no calibration."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from onecomp.errors import LayerError
-from onecomp.export.quant_config import LayerBits, finalize_quant_config, gptq_quant_config
-from onecomp.quantizer.base import Quantizer
+from onecomp.export.quant_config import LayerFormat, gptq_format, gptq_quant_config
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
-from onecomp.quantizer.gptq.layer import GPTQLinear
-from onecomp.quantizer.gptq.result import GPTQResult
+from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest
 from onecomp.quantizer.pieces import even_cuts, row_tile
 from onecomp.quantizer.rtn.result import RTNResult
 
 
 @dataclass
-class RTN(Quantizer):
+class RTN(WeightQuantizer):
     """Round each weight to the nearest value of its group's grid; saved in GPTQ's layout."""
 
     row_separable: ClassVar[bool] = True
@@ -67,19 +65,15 @@ class RTN(Quantizer):
         """The search is all that takes time."""
         return float(num_rows * in_features * (SEARCH_COST if self.mse else 100))
 
-    def quantize_layer(
-        self,
-        module: nn.Module,
-        input: Sequence[Tensor] | Tensor | None = None,  # noqa: A002 - documented name
-        hessian: Tensor | None = None,
-    ) -> RTNResult:
-        """Quantize one layer; needs neither input nor Hessian."""
-        weight = module.weight.data.float()
-        out_features, in_features = weight.shape
-        name = self.module_to_name.get(module, "the layer")
-        if problems := self.layer_problems(name, in_features, out_features):
-            raise LayerError(name, problems[0])
-        cuts = even_cuts(out_features, row_tile(weight.device, in_features))
+    def quantize_weights(
+        self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
+    ) -> dict[str, RTNResult]:
+        """Quantize each layer by itself; needs no Hessian."""
+        del factors
+        return {name: self._quantize(weight) for name, weight in weights.items()}
+
+    def _quantize(self, weight: Float[Tensor, "out in"]) -> RTNResult:
+        cuts = even_cuts(len(weight), row_tile(weight.device, weight.shape[1]))
         return RTNResult.join([self._quantize_rows(weight[a:b]) for a, b in cuts])
 
     def _quantize_rows(self, weight: Float[Tensor, "out in"]) -> RTNResult:
@@ -104,30 +98,6 @@ class RTN(Quantizer):
             wbits=self.wbits, groupsize=self.groupsize, actorder=False, sym=self.sym
         )
 
-    # pyrefly: ignore[bad-override]  # a method is only given results of its own
-    def create_inference_layer(
-        self, result: RTNResult, linear_module: nn.Linear, **kwargs: object
-    ) -> GPTQLinear:
-        """The layer that runs and is saved in place of ``linear_module``: GPTQ's."""
-        per_channel = result.groupsize == -1
-        as_gptq = GPTQResult(
-            wbits=result.wbits,
-            groupsize=result.groupsize,
-            actorder=False,
-            sym=result.sym,
-            qweight=result.quantized_weight,
-            scales=result.scale if per_channel else result.scale.T.contiguous(),
-            qzeros=result.zero if per_channel else result.zero.T.contiguous(),
-        )
-        return GPTQLinear.from_quantization_result(as_gptq, linear_module, **kwargs)
-
-    def finalize_quant_config_for_save(
-        self,
-        quant_config: dict,
-        quantized_layer_names: Sequence[str],
-        num_hidden_layers: int | None,
-    ) -> dict:
-        """Note which layers are quantized."""
-        bits = LayerBits(wbits=self.wbits, groupsize=self.groupsize)
-        layers = dict.fromkeys(quantized_layer_names, bits)
-        return finalize_quant_config(quant_config, layers, num_hidden_layers)
+    def layer_format(self, layer_name: str) -> LayerFormat:
+        """GPTQ's layout."""
+        return gptq_format(self.wbits, self.groupsize)

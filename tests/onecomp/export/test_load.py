@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import finish_checkpoint, write_shard
 from onecomp.export.load import QuantizedModelLoader, load_quantized_model
-from onecomp.export.quant_config import LayerBits, finalize_quant_config, gptq_quant_config
+from onecomp.export.quant_config import finalize_quant_config, gptq_format, gptq_quant_config
 from onecomp.quantizer.gptq.layer import GPTQLinear
 from onecomp.quantizer.gptq.result import GPTQResult
 
@@ -56,7 +56,7 @@ def write_quantized(
     for name, linear in target_layers(model).items():
         wbits = 3 if "up_proj" in name else 4
         result = min_max_result(linear.weight, wbits)
-        layers[name] = LayerBits(wbits=wbits, groupsize=GROUPSIZE)
+        layers[name] = gptq_format(wbits, GROUPSIZE)
         layer = GPTQLinear.from_quantization_result(result, linear, pack_weights)
         del tensors[f"{name}.weight"]
         tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.packed_state().items()}
@@ -268,7 +268,7 @@ def test_another_models_layer_is_refused(checkpoint):
     [
         (
             lambda q: q.update(quant_method="awq"),
-            "'awq' is unknown. Known methods: gptq, mixed_gptq",
+            "'awq' is unknown. Known methods: autobit, dbf",
         ),
         (
             lambda q: q["quantization_bits"][0]["self_attn.q_proj"].update(method="dbf"),

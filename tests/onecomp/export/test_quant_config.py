@@ -2,11 +2,12 @@ import pytest
 
 from onecomp.errors import ConfigError, InputError
 from onecomp.export.quant_config import (
-    LayerBits,
+    LayerFormat,
     check_quant_config,
     finalize_quant_config,
+    gptq_format,
     gptq_quant_config,
-    layer_bits,
+    layer_format,
     quantized_layers,
     split_layer_name,
 )
@@ -20,8 +21,8 @@ def config(**changes):
     )
 
 
-def bits(wbits: int = 4, groupsize: int = 128) -> LayerBits:
-    return LayerBits(wbits=wbits, groupsize=groupsize)
+def bits(wbits: int = 4, groupsize: int = 128) -> LayerFormat:
+    return gptq_format(wbits, groupsize)
 
 
 def test_top_level_keys():
@@ -113,14 +114,14 @@ def test_the_block_index_is_read_from_the_name(name, expected):
 
 def test_settings_resolve_by_name_then_mlp_then_model():
     mixed = config(mlp_wbits=3, mlp_groupsize=32, module_wbits={UP_PROJ: 8})
-    assert layer_bits(mixed, Q_PROJ) == bits()
-    assert layer_bits(mixed, "model.layers.1.mlp.up_proj") == bits(3, 32)
-    assert layer_bits(mixed, UP_PROJ) == bits(8, 32)
+    assert layer_format(mixed, Q_PROJ) == bits()
+    assert layer_format(mixed, "model.layers.1.mlp.up_proj") == bits(3, 32)
+    assert layer_format(mixed, UP_PROJ) == bits(8, 32)
 
 
 def test_a_layer_outside_the_blocks_needs_the_model_wide_setting():
     assert finalize_quant_config(config(), {"lm_head": bits()}, 1)["quantization_bits"] == [{}]
-    with pytest.raises(ConfigError, match=r"lm_head: .*wbits=8.* is outside the numbered blocks"):
+    with pytest.raises(ConfigError, match=r"lm_head: .*bits=8.* is outside the numbered blocks"):
         finalize_quant_config(config(), {"lm_head": bits(8)}, 1)
 
 
@@ -134,7 +135,10 @@ def test_number_of_blocks_is_needed_and_respected():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"quant_method": "awq"}, "quant_method='awq' is unknown. Known methods: gptq, mixed_gptq"),
+        (
+            {"quant_method": "awq"},
+            "quant_method='awq' is unknown. Known methods: autobit, dbf",
+        ),
         ({"checkpoint_format": "gptq_v2"}, "checkpoint_format='gptq_v2'"),
         ({"rotated": True}, "rotated=true"),
     ],
@@ -149,4 +153,4 @@ def test_missing_bits_are_named():
     silent = config()
     del silent["bits"]
     with pytest.raises(InputError, match=f"no bits for {Q_PROJ}"):
-        layer_bits(silent, Q_PROJ)
+        layer_format(silent, Q_PROJ)

@@ -231,7 +231,9 @@ def test_methods_without_a_checkpoint_format_say_so():
         NotImplementedError, match=r"^Halver has no checkpoint format of its own\.$"
     ):
         quantizer.get_quant_config()
-    with pytest.raises(NotImplementedError, match=r"^Halver has no inference layer of its own\.$"):
+    with pytest.raises(
+        NotImplementedError, match=r"^QuantizationResult has no inference layer of its own"
+    ):
         quantizer.create_inference_layer(QuantizationResult(), nn.Linear(2, 2))
     assert quantizer.finalize_quant_config_for_save({"a": 1}, [], None) == {"a": 1}
 

@@ -192,7 +192,7 @@ def test_what_is_stored_is_what_was_solved_with(groupsize, actorder, static_grou
     """The error that the solver saw is the error of the stored codes and float16 scales."""
     weight, hessian = draw(12, 48), GroupStatistics.of(correlated(200, 48), None).hessian()
     quantizer = GPTQ(groupsize=groupsize, actorder=actorder, static_groups=static_groups, sym=sym)
-    factors = HessianFactors(hessian, quantizer.column_order(hessian))
+    factors = HessianFactors(hessian)
     result = quantizer.quantize_weights({"layer": weight}, factors)["layer"]
     off = (weight - result.dequantize()).double()
     relative = ((off @ hessian.double()) * off).sum() / (
@@ -238,8 +238,7 @@ def test_the_config_says_whether_a_layer_needs_its_group_index(
         actorder=actorder,
         static_groups=static_groups,
     )
-    factors = HessianFactors(hessian := GroupStatistics.of(correlated(200, 32), None).hessian())
-    factors.order = quantizer.column_order(hessian)
+    factors = HessianFactors(GroupStatistics.of(correlated(200, 32), None).hessian())
     weights = {name: draw(32, 32) for name in ("self_attn.q_proj", "mlp.up_proj")}
     results = quantizer.quantize_weights(weights, factors).values()
     layers = [quantizer.create_inference_layer(r, linear(32, 32)) for r in results]
@@ -263,7 +262,7 @@ def test_an_indefinite_hessian_is_rounded_to_nearest_and_says_so(
 ):
     weight, hessian = draw(3, 16), torch.diag(torch.tensor([-100.0, *range(1, 16)]))
     quantizer = GPTQ(groupsize=groupsize, actorder=actorder, static_groups=static_groups)
-    factors = HessianFactors(hessian, quantizer.column_order(hessian))
+    factors = HessianFactors(hessian)
     result = quantizer.quantize_weights({"layer": weight}, factors)["layer"]
     assert factors.fallbacks[0].startswith("round to nearest: The Hessian is not positive definite")
     rounded = RTN(groupsize=groupsize, sym=True).quantize_weights({"layer": weight}, None)["layer"]
