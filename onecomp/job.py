@@ -96,8 +96,8 @@ def quantizer_from_record(record: Mapping) -> Quantizer:
     Raises:
         ConfigError: A method of the user's own; it can be resumed from Python only.
     """
-    settings = dict(record)
-    method = getattr(methods, settings.pop("method"), None)
+    settings = {name: _restored(value) for name, value in record.items()}
+    method = getattr(methods, str(settings.pop("method")), None)
     if not (isinstance(method, type) and issubclass(method, Quantizer)):
         raise ConfigError(
             "resume",
@@ -107,17 +107,30 @@ def quantizer_from_record(record: Mapping) -> Quantizer:
             ],
         )
     settings["target_layer_types"] = tuple(
-        getattr(nn, name) for name in settings["target_layer_types"]
+        getattr(nn, name) for name in record["target_layer_types"]
     )
-    settings["hessian_dtype"] = getattr(torch, settings["hessian_dtype"])
+    settings["hessian_dtype"] = getattr(torch, record["hessian_dtype"])
     return method(**settings)
 
 
 def _plain(value: object) -> object:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if isinstance(value, tuple):
+    if isinstance(value, Quantizer):
+        return quantizer_record(value)
+    if isinstance(value, tuple) and all(isinstance(item, type) for item in value):
         return [item.__name__ for item in value]
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _restored(value: object) -> object:
+    """Methods within a method's settings, restored."""
+    if isinstance(value, Mapping) and "method" in value and "target_layer_types" in value:
+        return quantizer_from_record(value)
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
     return value
 
 
