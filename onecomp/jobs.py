@@ -50,6 +50,11 @@ class PreparedGroup:
     num_tokens: int = 0
     """Tokens that the sums are over."""
 
+    @property
+    def fallbacks(self) -> list[str]:
+        """What had to be done other than asked, in words."""
+        return [] if self.factors is None else self.factors.fallbacks
+
     def to(self, device: torch.device | str) -> "PreparedGroup":
         """The same on the device of the weights; once, not for each piece."""
         return replace(
@@ -74,11 +79,12 @@ class PieceResult:
 
     piece: RowPiece
     results: dict[str, QuantizationResult]
-    """Of the piece's rows, by layer name."""
+    """Of the piece's rows, by layer name; behind the name of the method where there are several."""
     errors: dict[str, RowErrors]
     fallbacks: list[str]
     """Those of the preparation first."""
-    rounded_rows: int
+    rounded_rows: dict[str, int]
+    """By method, what the names of its results begin with."""
     seconds: float
 
     def map_results(
@@ -274,23 +280,47 @@ def quantize_piece(
     """
     _require_finite(piece, rows)
     started = time.monotonic()
-    found = None if prepared.factors is None else prepared.factors.for_piece()
     with one_thread(), torch.no_grad():
-        try:
-            rows = _corrected(rows, prepared, qep)
-            results = dict(
-                quantizer.quantize_weights(rows, found if quantizer.flag_hessian else None)
-            )
-        except QuantizationError as error:
-            raise LayerError(piece.ranges[0].layer_name, str(error)) from error
-        errors = _errors(quantizer, rows, results, prepared, found)
+        rows = _corrected(rows, prepared, qep)
+        solved = [
+            _solve(method, prefix, piece, rows, prepared)
+            for prefix, method in quantizer.methods().items()
+        ]
+    return replace(
+        solved[0],
+        results={name: result for part in solved for name, result in part.results.items()},
+        errors={name: errors for part in solved for name, errors in part.errors.items()},
+        fallbacks=[*prepared.fallbacks, *(text for part in solved for text in part.fallbacks)],
+        rounded_rows={prefix: n for part in solved for prefix, n in part.rounded_rows.items()},
+        seconds=time.monotonic() - started,
+    )
+
+
+def _solve(
+    method: Quantizer,
+    prefix: str,
+    piece: RowPiece,
+    rows: Mapping[str, Tensor],
+    prepared: PreparedGroup,
+) -> PieceResult:
+    """Rows quantized by one method, whose results' names begin with ``prefix``."""
+    started = time.monotonic()
+    found = None if prepared.factors is None else prepared.factors.for_piece()
+    try:
+        results = dict(method.quantize_weights(rows, found if method.flag_hessian else None))
+    except QuantizationError as error:
+        raise LayerError(piece.ranges[0].layer_name, str(error)) from error
+    seconds = time.monotonic() - started
+    for name, result in results.items():
+        result.quantization_time = seconds * piece.share(name)
+    errors = _errors(method, rows, results, prepared, found)
     return PieceResult(
         piece,
-        results,
-        errors,
-        fallbacks=[] if found is None else [*prepared.factors.fallbacks, *found.fallbacks],
-        rounded_rows=0 if found is None else found.rounded_rows,
-        seconds=time.monotonic() - started,
+        {prefix + name: result for name, result in results.items()},
+        {prefix + name: of_layer for name, of_layer in errors.items()},
+        fallbacks=[] if found is None else [prefix + text for text in found.fallbacks],
+        rounded_rows={prefix: 0 if found is None else found.rounded_rows},
+        seconds=seconds,
     )
 
 
@@ -370,24 +400,26 @@ def join_pieces(
     found = [part.piece.index for part in pieces]
     assert found == list(range(pieces[0].piece.count)), f"{found} are not all pieces, each once"
     fallbacks = list(dict.fromkeys(text for part in pieces for text in part.fallbacks))
+    num_rows = sum(part.piece.num_rows for part in pieces)
     results = {}
-    for name in layer_names:
-        results[name], ratio = _join(name, [p for p in pieces if name in p.results])
-        if ratio is not None and ratio > NOT_WORSE:
-            fallbacks.append(
-                f"worse than plain rounding: {ratio:.3g} times its output error ({name})"
-            )
-    if rounded := sum(part.rounded_rows for part in pieces):
-        num_rows = sum(part.piece.num_rows for part in pieces)
-        fallbacks.append(f"round to nearest: {rounded} of {num_rows} rows")
+    for prefix in pieces[0].rounded_rows:
+        for name in (prefix + layer_name for layer_name in layer_names):
+            results[name], ratio = _join([part for part in pieces if name in part.results], name)
+            if ratio is not None and ratio > NOT_WORSE:
+                fallbacks.append(
+                    f"worse than plain rounding: {ratio:.3g} times its output error ({name})"
+                )
+        if rounded := sum(part.rounded_rows[prefix] for part in pieces):
+            fallbacks.append(f"{prefix}round to nearest: {rounded} of {num_rows} rows")
     return results, fallbacks
 
 
-def _join(layer_name: str, parts: Sequence[PieceResult]) -> tuple[QuantizationResult, float | None]:
-    """A layer's result, and its output error as a multiple of plain rounding's."""
-    result = QuantizationResult.join([part.results[layer_name] for part in parts])
-    result.quantization_time = sum(part.seconds * part.piece.share(layer_name) for part in parts)
-    errors = [part.errors[layer_name] for part in parts if layer_name in part.errors]
+def _join(parts: Sequence[PieceResult], name: str) -> tuple[QuantizationResult, float | None]:
+    """A whole result, and its output error as a multiple of plain rounding's."""
+    result = QuantizationResult.join([part.results[name] for part in parts])
+    times = [part.results[name].quantization_time for part in parts]
+    result.quantization_time = sum(times)
+    errors = [part.errors[name] for part in parts if name in part.errors]
     if not errors:
         return result, None
     joined = RowErrors.join(errors)

@@ -1,7 +1,7 @@
 """The Python API: quantize, save, evaluate. A table of contents; the work is done elsewhere."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from onecomp.models import ModelConfig
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import QuantizationResult, Quantizer, result_files
 from onecomp.quantizer.quant_linear import dense_layers
+from onecomp.quantizer.several import ResultsOf, Several
 from onecomp.session import Session
 from onecomp.storage import AnyPath, TemporaryPath, open_path
 
@@ -30,6 +31,8 @@ class Runner:
     Args:
         model_config: The model.
         quantizer: Method and settings; its ``results`` are filled by ``run``.
+        quantizers: Several of them in place of one: all quantize the same layers on the original
+            model's inputs, from one pass over the calibration text.
         calibration_config: Text to calibrate on; default: 512 samples of C4.
         qep: Propagate errors of quantized layers to the layers behind them.
         qep_config: How; implies nothing without ``qep=True``.
@@ -49,17 +52,19 @@ class Runner:
         self,
         model_config: ModelConfig | None = None,
         quantizer: Quantizer | None = None,
-        *,
+        quantizers: Sequence[Quantizer] | None = None,
         calibration_config: CalibrationConfig | None = None,
         qep: bool = False,
         qep_config: QEPConfig | None = None,
         report_progress: bool = True,
+        *,
         executor: Executor | None = None,
         run_dir: str | Path | None = None,
         num_shards: int | None = None,
     ):
         self.model_config = model_config
         self.quantizer = quantizer
+        self.quantizers = None if quantizers is None else list(quantizers)
         self.calibration_config = calibration_config or CalibrationConfig()
         self.qep = qep
         self.qep_config = qep_config or QEPConfig()
@@ -82,18 +87,49 @@ class Runner:
         problems = []
         if not isinstance(self.model_config, ModelConfig):
             problems.append(f"model_config={self.model_config!r}: must be a ModelConfig.")
-        if not isinstance(self.quantizer, Quantizer):
-            problems.append(f"quantizer={self.quantizer!r}: must be a Quantizer, e.g. GPTQ().")
-        elif self.qep and not self.quantizer.flag_hessian:
-            problems.append(
-                f"qep=True needs a method that uses the Hessian; {self.quantizer.name} does not. "
-                "Use GPTQ, or qep=False."
-            )
+        problems += self._method_problems()
         if problems:
             raise ConfigError("Runner", problems)
 
+    def _method_problems(self) -> list[str]:
+        if self.quantizers is not None:
+            if self.quantizer is not None:
+                return ["quantizer and quantizers are both given. Give one of them."]
+            if self.qep:
+                return [
+                    "qep=True lets each method see its own errors, quantizers share one pass over "
+                    "the original model's inputs. Use qep=False, or one Runner for each."
+                ]
+            return []
+        if not isinstance(self.quantizer, Quantizer):
+            return [f"quantizer={self.quantizer!r}: must be a Quantizer, e.g. GPTQ()."]
+        if self.qep and not self.quantizer.flag_hessian:
+            return [
+                f"qep=True needs a method that uses the Hessian; {self.quantizer.name} does not. "
+                "Use GPTQ, or qep=False."
+            ]
+        return []
+
+    @property
+    def _method(self) -> Quantizer:
+        """What is run: the one quantizer, or all of them."""
+        return self._which(None) if self.quantizers is None else Several(quantizers=self.quantizers)
+
+    def _which(self, quantizer: Quantizer | None) -> Quantizer:
+        """The quantizer that was given, else the Runner's only one."""
+        if quantizer is not None:
+            return quantizer
+        own = self.quantizers or ([] if self.quantizer is None else [self.quantizer])
+        if len(own) != 1:
+            names = ", ".join(str(method.name) for method in own) or "none"
+            raise ConfigError("Runner", [f"say which quantizer is meant: the Runner has {names}."])
+        return own[0]
+
     def run(self) -> None:
-        """Quantize the model; results are in ``quantizer.results`` and in the run directory."""
+        """Quantize the model; results are in ``quantizer.results`` and in the run directory.
+
+        With ``quantizers``, each has its own.
+        """
         self.check()
         self._session = Session.open(self._job(), self._run_path())
         executor = self.executor or default_executor()
@@ -103,7 +139,11 @@ class Runner:
         finally:
             if self.executor is None:
                 executor.stop()
-        self.quantizer.results = self._session.run.results(keeps=self._temporary)
+        results = self._session.run.results(keeps=self._temporary)
+        if self.quantizers is None:
+            self.quantizer.results = results
+        for quantizer in self.quantizers or ():
+            quantizer.results = ResultsOf(results, quantizer.name)
 
     def prepare_calibration_dataset(
         self, device: str, model: PreTrainedModel | None = None
@@ -122,7 +162,7 @@ class Runner:
     def _job(self) -> QuantizationJob:
         return QuantizationJob(
             self.model_config,
-            self.quantizer,
+            self._method,
             self.calibration_config,
             self.qep_config if self.qep else None,
             num_shards=self.num_shards,
@@ -140,7 +180,7 @@ class Runner:
         return self._session
 
     def _results(self, quantizer: Quantizer | None) -> Mapping[str, QuantizationResult]:
-        results = (quantizer or self.quantizer).results
+        results = self._which(quantizer).results
         if not results:
             raise ConfigError("Runner", ["there are no results yet. Call run() first."])
         return results
@@ -148,7 +188,12 @@ class Runner:
     # Saving
 
     def save_quantized_model(
-        self, save_directory: str | Path, pack_weights: bool = True, save_format: str = "auto"
+        self,
+        save_directory: str | Path,
+        pack_weights: bool = True,
+        save_format: str = "auto",
+        *,
+        quantizer: Quantizer | None = None,
     ) -> Path:
         """Write the quantized checkpoint, block by block.
 
@@ -156,6 +201,7 @@ class Runner:
             save_directory: New directory.
             pack_weights: Pack codes into 32-bit words, as serving engines expect.
             save_format: Only ``auto``.
+            quantizer: Whose results; default: the Runner's.
 
         Raises:
             NotImplementedError: The method has no checkpoint format.
@@ -165,10 +211,9 @@ class Runner:
             raise ConfigError(
                 "save_quantized_model", [f"save_format={save_format!r}: must be 'auto'."]
             )
-        self.quantizer.get_quant_config()
-        return self._export(
-            save_directory, self.quantizer, dequantized=False, pack_weights=pack_weights
-        )
+        quantizer = self._which(quantizer)
+        quantizer.get_quant_config()
+        return self._export(save_directory, quantizer, dequantized=False, pack_weights=pack_weights)
 
     def save_dequantized_model(self, path: str | Path, quantizer: Quantizer | None = None) -> Path:
         """Write the model with dequantized weights in its own dtype, block by block.
@@ -177,14 +222,16 @@ class Runner:
             path: New directory.
             quantizer: Whose results; default: the Runner's.
         """
-        return self._export(path, quantizer or self.quantizer, dequantized=True, pack_weights=True)
+        return self._export(path, self._which(quantizer), dequantized=True, pack_weights=True)
 
     def _export(
         self, path: str | Path, quantizer: Quantizer, *, dequantized: bool, pack_weights: bool
     ) -> Path:
         session, path = self._finished(), Path(path)
         require_no_checkpoint(path)
-        writer = session.writer(path, dequantized=dequantized, pack_weights=pack_weights)
+        writer = session.writer(
+            path, dequantized=dequantized, pack_weights=pack_weights, quantizer=quantizer
+        )
         session.export(writer, self._results(quantizer))
         return path
 
@@ -193,7 +240,7 @@ class Runner:
     ) -> None:
         """Write the results as tensors and plain values, see ``Quantizer.load_results``."""
         self._results(quantizer)
-        (quantizer or self.quantizer).save_results(path)
+        self._which(quantizer).save_results(path)
 
     def save_quantization_statistics(
         self, path: str | Path, quantizer: Quantizer | None = None
@@ -202,9 +249,16 @@ class Runner:
         result_files.save_statistics(self._results(quantizer), path)
 
     def print_quantization_results(self, quantizer: Quantizer | None = None) -> None:
-        """Log time and errors of every layer; a dash where nothing was measured."""
-        for name, result in self._results(quantizer).items():
-            logger.info("%s  %s", name, result_files.statistics_line(result))
+        """Log time and errors of every layer; a dash where nothing was measured.
+
+        Args:
+            quantizer: Whose results; default: those of every quantizer of the Runner.
+        """
+        chosen = [quantizer] if quantizer or self.quantizers is None else self.quantizers
+        for method in chosen:
+            logger.info("%s", self._which(method).name)
+            for name, result in self._results(method).items():
+                logger.info("%s  %s", name, result_files.statistics_line(result))
 
     # Live models
 
@@ -225,7 +279,7 @@ class Runner:
             NotImplementedError: The method has no inference layer.
         """
         del use_gemlite
-        quantizer = quantizer or self.quantizer
+        quantizer = self._which(quantizer)
         config = quantizer.get_quant_config()
         self._results(quantizer)
         model = self.model_config.load_model(device_map="cpu")
@@ -278,7 +332,7 @@ class Runner:
         Returns:
             One number each, None for what was not asked for.
         """
-        quantizer = quantizer or self.quantizer
+        quantizer = self._which(quantizer)
         if quantized_model and self.quantized_model is None and not has_format(quantizer):
             logger.info("%s has no inference layer: evaluating dequantized", quantizer.name)
             dequantized_model, quantized_model = True, False

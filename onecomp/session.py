@@ -261,10 +261,16 @@ class Session:
         return replace(run, run_id=record["run_id"])
 
     def writer(
-        self, directory: AnyPath, *, dequantized: bool, pack_weights: bool = True
+        self,
+        directory: AnyPath,
+        *,
+        dequantized: bool,
+        pack_weights: bool = True,
+        quantizer: Quantizer | None = None,
     ) -> CheckpointWriter:
-        """Writes this model's checkpoint to ``directory``."""
-        return CheckpointWriter(directory, self.job.quantizer, dequantized, pack_weights)
+        """Writes this model's checkpoint to ``directory``; by default with the job's method."""
+        method = quantizer or self.job.quantizer
+        return CheckpointWriter(directory, method, dequantized, pack_weights)
 
     def export(self, writer: CheckpointWriter, results: Mapping[str, QuantizationResult]) -> None:
         """Write a whole checkpoint from results by layer name, one block in memory at a time."""

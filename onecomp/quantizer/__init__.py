@@ -7,3 +7,4 @@ from onecomp.quantizer.result import QuantizationResult as QuantizationResult
 from onecomp.quantizer.result_loader import ResultLoader as ResultLoader
 from onecomp.quantizer.rtn import RTN as RTN
 from onecomp.quantizer.rtn import RTNResult as RTNResult
+from onecomp.quantizer.several import Several as Several

@@ -253,7 +253,11 @@ class Quantizer(ABC):
         """Factors that ``quantize_weights`` asks for: they are made once, before."""
         return ()
 
-    def piece_key(self, layer_name: str) -> tuple[int, ...]:
+    def methods(self) -> Mapping[str, "Quantizer"]:
+        """Who quantizes, by what the names of their results begin with: itself, or several."""
+        return {"": self}
+
+    def piece_key(self, layer_name: str) -> tuple[object, ...]:
         """Rows of layers with equal keys may lie in one piece, to be solved together."""
         return ()
 

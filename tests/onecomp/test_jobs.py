@@ -302,8 +302,8 @@ def test_rounded_rows_are_those_of_all_pieces():
     work = Work.of("guarded")
     parts = [work.solve(piece) for piece in work.pieces]
     _, [line] = join_pieces(list(SHAPES), parts)
-    assert sum(part.rounded_rows > 0 for part in parts) > 1
-    num_rounded = sum(part.rounded_rows for part in parts)
+    assert sum(part.rounded_rows[""] > 0 for part in parts) > 1
+    num_rounded = sum(part.rounded_rows[""] for part in parts)
     assert line == f"round to nearest: {num_rounded} of {sum(SHAPES.values())} rows"
 
 
@@ -311,8 +311,15 @@ def test_the_time_of_a_layer_is_its_share_of_its_pieces():
     work = Work.of("sym")
     parts = [work.solve(piece) for piece in work.pieces]
     results, _ = join_pieces(list(SHAPES), parts)
-    total = sum(result.quantization_time for result in results.values())
-    assert total == pytest.approx(sum(part.seconds for part in parts))
+    for part in parts:
+        times = [
+            result.quantization_time / part.piece.share(n) for n, result in part.results.items()
+        ]
+        assert times == pytest.approx([times[0]] * len(times))
+        assert 0 < times[0] <= part.seconds
+    for name, result in results.items():
+        times = [p.results[name].quantization_time for p in parts if name in p.results]
+        assert result.quantization_time == pytest.approx(sum(times))
     assert all(result.quantization_time > 0 for result in results.values())
 
 

@@ -95,6 +95,37 @@ def test_results_are_read_from_the_run_directory_when_asked_for(
         _ = quantizer.results[last]
 
 
+def test_several_methods_run_at_once_each_with_its_own_results(model_config, calibration, tmp_path):
+    methods = [GPTQ(groupsize=32), RTN(groupsize=32)]
+    runner = make(model_config, calibration, None, quantizers=methods)
+    for method in methods:
+        alone = type(method)(groupsize=32)
+        make(model_config, calibration, alone)
+        assert list(method.results) == list(alone.results)
+        for name, result in alone.results.items():
+            assert torch.equal(method.results[name].dequantize(), result.dequantize())
+    with pytest.raises(ConfigError, match="say which quantizer is meant: the Runner has GPTQ_4"):
+        runner.save_quantized_model(tmp_path / "saved")
+    runner.save_quantized_model(tmp_path / "saved", quantizer=methods[1])
+    model, _ = load_quantized_model(tmp_path / "saved")
+    [name, *_] = methods[1].results
+    assert torch.equal(
+        model.get_submodule(name).dequantize(), methods[1].results[name].dequantize()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"quantizer": GPTQ()}, "quantizer and quantizers are both given"),
+        ({"qep": True}, "qep=True lets each method see its own errors"),
+    ],
+)
+def test_several_methods_go_neither_with_one_nor_with_propagation(model_config, options, problem):
+    with pytest.raises(ConfigError, match=problem):
+        Runner(model_config, quantizers=[GPTQ(), RTN()], **options).check()
+
+
 def test_results_outlive_a_runner_without_a_run_directory(model_config, calibration):
     quantizer = GPTQ(wbits=4, groupsize=32)
     make(model_config, calibration, quantizer)
