@@ -24,7 +24,10 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Directory of the model, or its Hub id.")]
 Method = Annotated[Literal["gptq", "rtn"], typer.Option(help="Method.")]
-Bits = Annotated[int, typer.Option(help="Bits per weight, 1 to 8.")]
+Bits = Annotated[int | None, typer.Option(help="Bits per weight, 1 to 8. Default: 4.")]
+TargetBits = Annotated[
+    float | None, typer.Option(help="Mean bits per weight, for dbf and autobit.")
+]
 GroupSize = Annotated[
     int | None,
     typer.Option(
@@ -91,7 +94,8 @@ def quantize(  # noqa: PLR0913 - one parameter per option
     run_dir: Annotated[str | None, typer.Option(help="Or its URL. Default: OUTPUT.run")] = None,
     overwrite: Annotated[bool, typer.Option(help="Begin anew; replace the checkpoint.")] = False,
     quantizer: Method = "gptq",
-    wbits: Bits = 4,
+    wbits: Bits = None,
+    target_bits: TargetBits = None,
     groupsize: GroupSize = None,
     sym: Symmetric = True,
     mse: Search = True,
@@ -123,7 +127,8 @@ def quantize(  # noqa: PLR0913 - one parameter per option
 def plan(  # noqa: PLR0913 - one parameter per option
     model: Model,
     quantizer: Method = "gptq",
-    wbits: Bits = 4,
+    wbits: Bits = None,
+    target_bits: TargetBits = None,
     groupsize: GroupSize = None,
     sym: Symmetric = True,
     mse: Search = True,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,16 +10,15 @@ from typing import Any, TypeVar
 import transformers
 import typer
 
-from onecomp.calibration import CalibrationConfig
 from onecomp.console import FAILED, print_result
 from onecomp.errors import InputError
 from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
 from onecomp.executor import Executor, WorkerCount, default_executor
 from onecomp.export.install import require_directory
 from onecomp.export.verify import verify_checkpoint
-from onecomp.job import QuantizationJob, default_groupsize
+from onecomp.job_options import JobOptions
 from onecomp.losses import Patience
-from onecomp.models import ModelConfig, ModelSource, Skeleton, max_positions
+from onecomp.models import ModelSource, max_positions
 from onecomp.places import run_directory_of
 from onecomp.planning.hardware import load_table
 from onecomp.planning.model import PlannedModel
@@ -27,8 +26,6 @@ from onecomp.planning.request import Place, Request
 from onecomp.planning.shapes import TextShape
 from onecomp.planning.summary import as_json_values, make_plan
 from onecomp.planning.table import as_text
-from onecomp.qep import QEPConfig
-from onecomp.quantizer import GPTQ, RTN, Quantizer
 from onecomp.report import write_report
 from onecomp.session import Session
 from onecomp.storage import AnyPath, local_directory, open_path
@@ -44,73 +41,6 @@ def quiet_libraries() -> None:
     """Keep what the libraries would say of every model and tokenizer they load off the terminal."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobOptions:
-    """The options of ``onecomp quantize`` that say what is made."""
-
-    model: str
-    dtype: str
-    trust_remote_code: bool
-    quantizer: str
-    wbits: int
-    groupsize: int | None
-    sym: bool
-    mse: bool
-    actorder: bool
-    static_groups: bool
-    qep: bool
-    calibration_dataset: str
-    text_key: str
-    max_length: int
-    num_calibration_samples: int
-    seed: int
-
-    def job(self) -> QuantizationJob:
-        """The job that they describe."""
-        model_config = ModelConfig(
-            self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        )
-        method = self.method(lambda: Skeleton.build(model_config.source, model_config.torch_dtype))
-        return QuantizationJob(model_config, method, self.calibration(), self.propagation(method))
-
-    def method(self, build: Callable[[], Skeleton]) -> Quantizer:
-        """The method; ``build`` gives the model that its group size has to fit, where it must."""
-        method = self._method(-1 if self.groupsize is None else self.groupsize)
-        if self.groupsize is not None:
-            return method
-        groupsize = default_groupsize(method, build())
-        logger.info("groupsize %d: the largest of 128, 64, 32 that divides every layer", groupsize)
-        return self._method(groupsize)
-
-    def propagation(self, method: Quantizer) -> QEPConfig | None:
-        """Error propagation, where it is wanted and the method knows Hessians."""
-        return QEPConfig() if self.qep and method.flag_hessian else None
-
-    def calibration(self) -> CalibrationConfig:
-        """The calibration text."""
-        return CalibrationConfig(
-            self.calibration_dataset,
-            self.max_length,
-            self.num_calibration_samples,
-            strategy="drop_rand" if self.calibration_dataset == "c4" else "concat_chunk",
-            seed=self.seed,
-            text_key=self.text_key,
-        )
-
-    def _method(self, groupsize: int) -> Quantizer:
-        if self.quantizer == "rtn":
-            return RTN(wbits=self.wbits, groupsize=groupsize, sym=self.sym, mse=self.mse)
-        return GPTQ(
-            wbits=self.wbits,
-            groupsize=groupsize,
-            sym=self.sym,
-            mse=self.mse,
-            actorder=self.actorder,
-            static_groups=self.static_groups,
-            weighted_mse=self.mse,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import typer
 from tiny_models import sample_text
 
 import onecomp
+from onecomp.job_options import USUAL_WBITS
 from onecomp.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -193,7 +194,8 @@ def test_the_table_of_defaults_is_the_command_lines():
     assert {option for option, value in shown.items() if value == "on"} == {
         option for option in shown if defaults[option] is True
     }
-    plain = ("--quantizer", "--wbits", "--calibration-dataset", "--dtype")
+    assert shown["--wbits"] == str(USUAL_WBITS)
+    plain = ("--quantizer", "--calibration-dataset", "--dtype")
     assert {option: shown[option] for option in plain} == {
         option: str(defaults[option]) for option in plain
     }

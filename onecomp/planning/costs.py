@@ -210,7 +210,7 @@ class UnitCosts:
         corrected = self.is_corrected(group)
         prepared = {
             "merge": ops.merge(group, unit.num_parts - 1, corrected=corrected),
-            "factor": ops.factor(group),
+            "factor": ops.factor(group) * self.method.num_factors,
         }
         if self.sends_rows(group, self.num_at_once(unit.block, group)):
             tokens = unit.tokens or self.text.num_tokens
@@ -246,7 +246,10 @@ class UnitCosts:
 
     def is_split(self, group: InputGroup) -> bool:
         """Whether rows of a group are solved by several workers."""
+        rated = self.method.rated
         if self.num_workers == 1 or not self.method.has_hessian:
+            return False
+        if rated is not None and not rated.row_separable:
             return False
         corrected = self.is_corrected(group)
         return is_worth_splitting(group, self.hardware.device_type, corrected=corrected)

@@ -34,6 +34,9 @@ PREPARED_MATRICES = 3
 TILE_MATRICES = 9
 """Float32 copies of a tile of rows while it is solved and compared with rounding."""
 
+RATED_MATRICES = 4
+"""No method needs more than so many times the weights that it solves at once and their Hessian."""
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -171,8 +174,7 @@ class MemoryModel:
         parts = self._held_always(kind)
         if costs.qep is not None and costs.text is not None:
             parts["suspended passes"] = self._suspended_bytes(kind, group.index)
-        rows = sum(group.out_features)
-        tile = TILE_MATRICES * min(rows, costs.row_tile(group)) * size * ops.FLOAT_BYTES
+        tile = self._solving_bytes(group)
         parts["weights of the group"] = group.num_weights * (
             2 * costs.model.dtype_bytes + ops.FLOAT_BYTES
         )
@@ -192,6 +194,15 @@ class MemoryModel:
             parts["Hessian and factor"] = square * (1 + corrected + PREPARED_MATRICES)
             parts["rows being solved"] = tile
         return Moment(f"quantizing {short_name(group)}", parts)
+
+    def _solving_bytes(self, group: InputGroup) -> Amount:
+        """What a solver makes beside the group's weights, its Hessian and its factor."""
+        costs, rows, size = self.costs, sum(group.out_features), group.in_features
+        rated = costs.method.rated
+        if rated is None:
+            return TILE_MATRICES * min(rows, costs.row_tile(group)) * size * ops.FLOAT_BYTES
+        at_once = min(rows, costs.row_tile(group)) if rated.row_separable else rows
+        return RATED_MATRICES * (at_once + size) * size * ops.FLOAT_BYTES
 
     def _host_beside_gpu(self) -> Amount:
         """Host memory of a worker whose data is on a GPU: what is read, written and sent."""

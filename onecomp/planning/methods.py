@@ -1,6 +1,6 @@
 """What a plan has to know of a quantization method and its settings."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import singledispatch
 
 from onecomp.errors import ConfigError
@@ -18,7 +18,8 @@ class MethodShape:
     """A method as far as it costs time and room."""
 
     name: str
-    wbits: int
+    wbits: int | float
+    """Bits per weight, scales aside."""
     groupsize: int
     """Columns that share a scale; -1 for all."""
     sym: bool
@@ -28,15 +29,30 @@ class MethodShape:
     """Whether the search weighs columns."""
     has_hessian: bool
     """Whether text is read, and Hessians are summed up and factored."""
+    layout: str | None = "gptq"
+    """Of its layers in a checkpoint; None where dequantized weights are stored."""
+    rated: Quantizer | None = None
+    """The method, where its own ``solve_cost`` says what solving takes, and which factors it needs;
+    None for the walk through columns, whose operations are counted."""
 
     @property
     def num_candidates(self) -> int:
         """Grids that the range search tries for each weight; 0 without a search."""
         return 0 if self.search is None else num_candidates(self.search, sym=self.sym)
 
+    @property
+    def num_factors(self) -> int:
+        """Factors of each Hessian."""
+        return 1 if self.rated is None else len(self.rated.factor_keys())
+
     def num_scales(self, in_features: int) -> int:
         """Scales of one row."""
         return 1 if self.groupsize == -1 else in_features // self.groupsize
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values by name."""
+        search = None if self.search is None else asdict(self.search)
+        return asdict(replace(self, search=None, rated=None)) | {"search": search}
 
 
 def num_candidates(search: GridSearch, *, sym: bool) -> int:
@@ -58,7 +74,7 @@ def method_shape(quantizer: Quantizer) -> MethodShape:
     """
     raise ConfigError(
         "plan",
-        [f"the costs of {type(quantizer).__name__} are not known. Plan for GPTQ or RTN."],
+        [f"the costs of {type(quantizer).__name__}, a method of your own, are not known."],
     )
 
 
@@ -86,4 +102,19 @@ def _(quantizer: RTN) -> MethodShape:
         search=search if quantizer.mse else None,
         is_weighted=False,
         has_hessian=False,
+    )
+
+
+def _rated(quantizer: Quantizer, wbits: int | float, layout: str | None) -> MethodShape:
+    """A method that says itself what it takes."""
+    return MethodShape(
+        name=type(quantizer).__name__,
+        wbits=wbits,
+        groupsize=-1,
+        sym=False,
+        search=None,
+        is_weighted=False,
+        has_hessian=quantizer.flag_hessian,
+        layout=layout,
+        rated=quantizer,
     )

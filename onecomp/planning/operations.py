@@ -165,6 +165,9 @@ def solve(group: InputGroup, num_rows: Amount, method: MethodShape, tile: int) -
         tile: Most rows that are solved at once.
     """
     size, weights = group.in_features, num_rows * group.in_features
+    if method.rated is not None:
+        multiplications = method.rated.solve_cost(int(num_rows), size)
+        return Work(float32_operations=2 * multiplications, memory_bytes=6 * FLOAT_BYTES * weights)
     if not method.has_hessian:
         return Work(memory_bytes=6 * FLOAT_BYTES * weights)
     guard = 3 * 2 * num_rows * size**2 * strip_share(size)
@@ -192,8 +195,13 @@ def stored_result_bytes(group: InputGroup, method: MethodShape) -> Amount:
     return group.num_weights + SCALE_BYTES * scales
 
 
-def checkpoint_bytes(group: InputGroup, method: MethodShape) -> Amount:
-    """The group's layers in the checkpoint: packed codes, zero points, scales, group numbers."""
+def checkpoint_bytes(group: InputGroup, method: MethodShape, dtype_bytes: int) -> Amount:
+    """The group's layers in the checkpoint: codes, scales and what else the layout has."""
+    if method.layout is None:
+        return dtype_bytes * group.num_weights
+    if method.layout != "gptq":
+        vectors = 2 * (sum(group.out_features) + 2 * len(group.layer_names) * group.in_features)
+        return group.num_weights * method.wbits / 8 + vectors
     scales = method.num_scales(group.in_features) * sum(group.out_features)
     packed = (group.num_weights + scales) * method.wbits / 8
     return packed + 2 * scales + 4 * group.in_features * len(group.layer_names)
@@ -207,7 +215,9 @@ def block_result_bytes(block: BlockShape, method: MethodShape) -> Amount:
 def block_checkpoint_bytes(block: BlockShape, method: MethodShape, dtype_bytes: int) -> Amount:
     """A block's part of the checkpoint."""
     other = block.num_parameters - block.num_quantized
-    return dtype_bytes * other + sum(checkpoint_bytes(group, method) for group in block.groups)
+    return dtype_bytes * other + sum(
+        checkpoint_bytes(group, method, dtype_bytes) for group in block.groups
+    )
 
 
 def write(block: BlockShape, method: MethodShape, dtype_bytes: int) -> Work:

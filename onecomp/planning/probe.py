@@ -247,7 +247,7 @@ def _measure_parts(
             device=worker.device,
         )  # fmt: skip
     if prepared.delta is not None:
-        factor = prepared.factors.at(settings.qep.percdamp)
+        factor = prepared.factors.in_any_order(settings.qep.percdamp)
         with watch.time("correct"):
             for rows in pieces:
                 corrected_weight(rows, prepared.delta, factor, settings.qep.perccorr)

@@ -91,7 +91,7 @@ def as_json_values(plan: Plan) -> dict:
             "blocks": model.num_blocks,
             "stored": None if model.stored is None else asdict(model.stored),
         },
-        "method": asdict(costs.method),
+        "method": costs.method.as_json(),
         "qep": costs.qep is not None,
         "text": None if costs.text is None else asdict(costs.text) | _shards(plan),
         "hardware": {"name": costs.hardware.name, "source": costs.hardware.source},

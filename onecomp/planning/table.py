@@ -10,6 +10,7 @@ from onecomp.log import format_duration
 from onecomp.planning.amounts import Amount, size
 from onecomp.planning.estimate import Estimate
 from onecomp.planning.memory import Moment, short_name
+from onecomp.planning.methods import MethodShape
 from onecomp.planning.summary import Plan
 
 WIDTH = 110
@@ -42,11 +43,8 @@ def _headline(estimate: Estimate) -> Iterable[str]:
         f"{model.architecture}, {count(model.num_parameters)} parameters in {model.num_blocks} "
         f"blocks and around them, computed in {model.dtype}{stored}"
     )
-    groups = "a row" if method.groupsize == -1 else f"{method.groupsize} columns"
     propagation = "on" if costs.qep is not None else "off"
-    yield (
-        f"{method.name}, {method.wbits} bits, a scale for {groups}, error propagation {propagation}"
-    )
+    yield f"{method.name}, {method.wbits:g} bits{_groups(method)}, error propagation {propagation}"
     if text is not None:
         yield (
             f"{text.num_samples} samples of {text.length} tokens in {text.num_shards} shards "
@@ -54,6 +52,13 @@ def _headline(estimate: Estimate) -> Iterable[str]:
         )
     where = "in this process" if estimate.settings.in_process else "on Ray"
     yield f"{estimate.num_workers} worker(s) {where}, {costs.hardware.name} each"
+
+
+def _groups(method: MethodShape) -> str:
+    if method.rated is not None:
+        return ""
+    groups = "a row" if method.groupsize == -1 else f"{method.groupsize} columns"
+    return f", a scale for {groups}"
 
 
 def _table(*columns: str) -> Table:

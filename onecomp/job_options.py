@@ -1,0 +1,139 @@
+"""The options that say what is made, as one job."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from onecomp.calibration import CalibrationConfig
+from onecomp.errors import ConfigError
+from onecomp.job import QuantizationJob, default_groupsize
+from onecomp.models import ModelConfig, Skeleton
+from onecomp.qep import QEPConfig
+from onecomp.quantizer import GPTQ, RTN, Quantizer
+
+logger = logging.getLogger(__name__)
+
+USUAL_WBITS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """The options of ``onecomp quantize`` that say what is made."""
+
+    model: str
+    dtype: str
+    trust_remote_code: bool
+    quantizer: str
+    wbits: int | None
+    target_bits: float | None
+    groupsize: int | None
+    sym: bool
+    mse: bool
+    actorder: bool
+    static_groups: bool
+    qep: bool
+    calibration_dataset: str
+    text_key: str
+    max_length: int
+    num_calibration_samples: int
+    seed: int
+
+    def job(self) -> QuantizationJob:
+        """The job that they describe."""
+        model_config = ModelConfig(
+            self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+        method = self.method(lambda: Skeleton.build(model_config.source, model_config.torch_dtype))
+        return QuantizationJob(model_config, method, self.calibration(), self.propagation(method))
+
+    def method(self, build: Callable[[], Skeleton]) -> Quantizer:
+        """The method; ``build`` gives the model that its group size has to fit, where it must.
+
+        Raises:
+            ConfigError: An option that this method does not have, or a value out of range.
+        """
+        chosen = METHODS[self.quantizer]
+        self._require_known(chosen)
+        if not chosen.has_groups:
+            return chosen.make(self, -1)
+        if self.groupsize is not None:
+            return chosen.make(self, self.groupsize)
+        groupsize = default_groupsize(chosen.make(self, -1), build())
+        logger.info("groupsize %d: the largest of 128, 64, 32 that divides every layer", groupsize)
+        return chosen.make(self, groupsize)
+
+    def _require_known(self, chosen: "Method") -> None:
+        given = {
+            "--wbits": self.wbits is not None and chosen.bits != "wbits",
+            "--target-bits": self.target_bits is not None and chosen.bits != "target_bits",
+            "--groupsize": self.groupsize is not None and not chosen.has_groups,
+        }
+        problems = [
+            f"{option} is no option of {self.quantizer}. Leave it out; {chosen.remark}"
+            for option, is_strange in given.items()
+            if is_strange
+        ]
+        if problems:
+            raise ConfigError(f"--quantizer {self.quantizer}", problems)
+
+    def propagation(self, method: Quantizer) -> QEPConfig | None:
+        """Error propagation, where it is wanted and the method knows Hessians."""
+        return QEPConfig() if self.qep and method.flag_hessian else None
+
+    def calibration(self) -> CalibrationConfig:
+        """The calibration text."""
+        return CalibrationConfig(
+            self.calibration_dataset,
+            self.max_length,
+            self.num_calibration_samples,
+            strategy="drop_rand" if self.calibration_dataset == "c4" else "concat_chunk",
+            seed=self.seed,
+            text_key=self.text_key,
+        )
+
+    @property
+    def whole_bits(self) -> int:
+        """Bits per weight of methods with integer codes."""
+        return USUAL_WBITS if self.wbits is None else self.wbits
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method on the command line: how it is made, and which options it has."""
+
+    make: Callable[[JobOptions, int], Quantizer]
+    """From the options and the group size."""
+    bits: str | None = "wbits"
+    """The option that chooses its bits, if any."""
+    has_groups: bool = True
+    """Whether it has groups of columns that share a scale."""
+
+    @property
+    def remark(self) -> str:
+        """What chooses its size instead."""
+        if self.bits is None:
+            return "it stores one bit a weight."
+        return f"its bits are chosen with --{self.bits.replace('_', '-')}."
+
+
+def _gptq(options: JobOptions, groupsize: int) -> Quantizer:
+    return GPTQ(
+        wbits=options.whole_bits,
+        groupsize=groupsize,
+        sym=options.sym,
+        mse=options.mse,
+        actorder=options.actorder,
+        static_groups=options.static_groups,
+        weighted_mse=options.mse,
+    )
+
+
+def _rtn(options: JobOptions, groupsize: int) -> Quantizer:
+    return RTN(wbits=options.whole_bits, groupsize=groupsize, sym=options.sym, mse=options.mse)
+
+
+METHODS: Mapping[str, Method] = {
+    "gptq": Method(_gptq),
+    "rtn": Method(_rtn),
+}
+"""By the name that ``--quantizer`` takes."""
