@@ -12,8 +12,8 @@ import typer
 from tiny_models import sample_text
 
 import onecomp
-from onecomp.job_options import USUAL_WBITS
 from onecomp.cli import app
+from onecomp.job_options import USUAL_WBITS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
