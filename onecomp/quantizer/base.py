@@ -315,16 +315,21 @@ class Quantizer(ABC):
         return self.results
 
     def apply_results_to_model(self, model: nn.Module, **kwargs: object) -> None:
-        """Replace the layers of ``model`` that have a result by their inference layers, in place.
+        """Let the layers of ``model`` that have a result compute with it, in place.
+
+        They are replaced by their inference layers; where a method has none, the layer stays and
+        its weight becomes the dequantized one.
 
         Args:
             model: The base model.
             **kwargs: For ``create_inference_layer``, e.g. ``pack_weights=True``.
         """
         for name, result in self.results.items():
-            parent_name, _, child = name.rpartition(".")
-            layer = self.create_inference_layer(result, model.get_submodule(name), **kwargs)
-            setattr(model.get_submodule(parent_name), child, layer)
+            linear = model.get_submodule(name)
+            try:
+                model.set_submodule(name, self.create_inference_layer(result, linear, **kwargs))
+            except NotImplementedError:
+                linear.weight.data.copy_(result.dequantize(linear.weight.device))
 
     # Export
 

@@ -225,6 +225,19 @@ def test_results_replace_layers_of_a_model_in_place():
     assert isinstance(model["lm_head"], nn.Linear)
 
 
+def test_a_layer_without_an_inference_layer_gets_its_dequantized_weight():
+    model = small_model()
+    quantizer = Halver(include_layer_names=["layers.0.q"])
+    quantizer.setup(model)
+    layer = model["layers"][0]["q"]
+    quantizer.quantize(layer, torch.ones(2, 32), None)
+    expected = (layer.weight.data * 2).round() / 2
+    assert not torch.equal(layer.weight.data, expected)
+    quantizer.apply_results_to_model(model)
+    assert model["layers"][0]["q"] is layer
+    assert torch.equal(layer.weight.data, expected)
+
+
 def test_methods_without_a_checkpoint_format_say_so():
     quantizer = Halver()
     with pytest.raises(
