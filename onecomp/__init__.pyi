@@ -18,10 +18,12 @@ from .log import setup_logger as setup_logger
 from .models import ModelConfig as ModelConfig
 from .qep import QEPConfig as QEPConfig
 from .quantizer import GPTQ as GPTQ
+from .quantizer import QUIP as QUIP
 from .quantizer import RTN as RTN
 from .quantizer import GPTQResult as GPTQResult
 from .quantizer import QuantizationResult as QuantizationResult
 from .quantizer import Quantizer as Quantizer
+from .quantizer import QUIPResult as QUIPResult
 from .quantizer import ResultLoader as ResultLoader
 from .quantizer import RTNResult as RTNResult
 from .runner import Runner as Runner

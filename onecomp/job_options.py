@@ -9,7 +9,7 @@ from onecomp.errors import ConfigError
 from onecomp.job import QuantizationJob, default_groupsize
 from onecomp.models import ModelConfig, Skeleton
 from onecomp.qep import QEPConfig
-from onecomp.quantizer import GPTQ, RTN, Quantizer
+from onecomp.quantizer import GPTQ, QUIP, RTN, Quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -135,5 +135,6 @@ def _rtn(options: JobOptions, groupsize: int) -> Quantizer:
 METHODS: Mapping[str, Method] = {
     "gptq": Method(_gptq),
     "rtn": Method(_rtn),
+    "quip": Method(lambda options, _: QUIP(wbits=options.whole_bits), has_groups=False),
 }
 """By the name that ``--quantizer`` takes."""

@@ -127,8 +127,10 @@ class HessianFactor:
                 f"(leading minor {failed_minor.item()} of {len(hessian)}). "
                 f"Raise percdamp, or calibrate on more tokens than in_features={len(hessian)}."
             )
-        eye = torch.eye(len(damped), dtype=dtype, device=damped.device)
-        inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+        del damped, diagonal  # before more of their size are made
+        inverse = torch.linalg.solve_triangular(
+            lower, torch.eye(len(lower), dtype=dtype, device=lower.device), upper=False
+        )
         return cls(order, inverse.flip(0, 1).float().contiguous(), percdamp)
 
     @cached_property

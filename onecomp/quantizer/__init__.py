@@ -3,6 +3,8 @@
 from onecomp.quantizer.base import Quantizer as Quantizer
 from onecomp.quantizer.gptq import GPTQ as GPTQ
 from onecomp.quantizer.gptq import GPTQResult as GPTQResult
+from onecomp.quantizer.quip import QUIP as QUIP
+from onecomp.quantizer.quip import QUIPResult as QUIPResult
 from onecomp.quantizer.result import QuantizationResult as QuantizationResult
 from onecomp.quantizer.result_loader import ResultLoader as ResultLoader
 from onecomp.quantizer.rtn import RTN as RTN
