@@ -21,6 +21,8 @@ from .quantizer import GPTQ as GPTQ
 from .quantizer import QUIP as QUIP
 from .quantizer import RTN as RTN
 from .quantizer import GPTQResult as GPTQResult
+from .quantizer import JointQ as JointQ
+from .quantizer import JointQResult as JointQResult
 from .quantizer import QuantizationResult as QuantizationResult
 from .quantizer import Quantizer as Quantizer
 from .quantizer import QUIPResult as QUIPResult

@@ -3,6 +3,8 @@
 from onecomp.quantizer.base import Quantizer as Quantizer
 from onecomp.quantizer.gptq import GPTQ as GPTQ
 from onecomp.quantizer.gptq import GPTQResult as GPTQResult
+from onecomp.quantizer.jointq import JointQ as JointQ
+from onecomp.quantizer.jointq import JointQResult as JointQResult
 from onecomp.quantizer.quip import QUIP as QUIP
 from onecomp.quantizer.quip import QUIPResult as QUIPResult
 from onecomp.quantizer.result import QuantizationResult as QuantizationResult

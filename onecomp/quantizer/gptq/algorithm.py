@@ -111,6 +111,7 @@ def gptq_quantize(
     *,
     blocksize: int = 128,
     importance: Float[Tensor, "in"] | None = None,
+    grid: Grid | None = None,
 ) -> Solution:
     """Codes that keep the layer's output close to what ``weight`` gives.
 
@@ -123,11 +124,12 @@ def gptq_quantize(
         rule: Grids.
         blocksize: Width of a column block.
         importance: Weight of each column in the grid search, in the layer's own order.
+        grid: Grids to use instead of fitting any; ``rule`` must be static.
 
     Returns:
         Codes on the device of ``weight``.
     """
-    grids, unit_upper = _Grids(weight, factor, rule, importance), factor.unit_upper
+    grids, unit_upper = _Grids(weight, factor, rule, importance, grid), factor.unit_upper
     with torch.inference_mode():  # many calls of little work: bookkeeping for autograd would show
         live = factor.permuted(weight).T.clone(memory_format=torch.contiguous_format)
         codes = _solve(live, unit_upper, grids, blocksize)
@@ -182,7 +184,12 @@ class _Grids:
     """Grids of all groups: fitted at once (static), or each when its first column is reached."""
 
     def __init__(
-        self, weight: Tensor, factor: HessianFactor, rule: GridRule, importance: Tensor | None
+        self,
+        weight: Tensor,
+        factor: HessianFactor,
+        rule: GridRule,
+        importance: Tensor | None,
+        grid: Grid | None,
     ):
         out_features, in_features = weight.shape
         self._rule = rule
@@ -191,7 +198,7 @@ class _Grids:
             self._importance = factor.permuted(importance[None])[0]
         shape = (in_features // rule.groupsize, out_features)
         if rule.static:
-            self.grid = fit_static_grid(weight, rule, importance)
+            self.grid = fit_static_grid(weight, rule, importance) if grid is None else grid
         else:
             self.grid = Grid(weight.new_empty(shape), weight.new_empty(shape), rule.wbits)
         self.live_groupsize = None if rule.static else rule.groupsize
