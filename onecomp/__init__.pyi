@@ -17,9 +17,12 @@ from .export.load import load_quantized_model as load_quantized_model
 from .log import setup_logger as setup_logger
 from .models import ModelConfig as ModelConfig
 from .qep import QEPConfig as QEPConfig
+from .quantizer import DBF as DBF
 from .quantizer import GPTQ as GPTQ
 from .quantizer import QUIP as QUIP
 from .quantizer import RTN as RTN
+from .quantizer import DBFResult as DBFResult
+from .quantizer import DoubleBinaryLinear as DoubleBinaryLinear
 from .quantizer import GPTQResult as GPTQResult
 from .quantizer import JointQ as JointQ
 from .quantizer import JointQResult as JointQResult

@@ -29,6 +29,7 @@ from onecomp.export.checkpoint import CONFIG, TOKENIZER_CONFIG
 from onecomp.export.quant_config import LayerFormat, check_quant_config, quantized_layers
 from onecomp.models.config import load_tokenizer
 from onecomp.models.source import ModelSource, download_model
+from onecomp.quantizer.dbf.layer import DoubleBinaryLinear
 from onecomp.quantizer.gptq.layer import GPTQLinear
 from onecomp.quantizer.quant_linear import QuantLinear
 
@@ -41,7 +42,7 @@ T = TypeVar("T")
 DeviceMap = str | Mapping[str, int | str | torch.device] | None
 
 
-LAYERS: dict[str, type[QuantLinear]] = {"gptq": GPTQLinear}
+LAYERS: dict[str, type[QuantLinear]] = {"dbf": DoubleBinaryLinear, "gptq": GPTQLinear}
 """Method of a layer -> the layer that its tensors are of."""
 
 CODE_TENSORS = frozenset().union(*(layer.code_tensors for layer in LAYERS.values()))

@@ -46,6 +46,39 @@ def gptq_format(wbits: int, groupsize: int) -> LayerFormat:
     return LayerFormat("gptq", wbits, {GROUP_SIZE: groupsize})
 
 
+def dbf_format(target_bits: float, settings: Mapping[str, Any]) -> LayerFormat:
+    """A layer of two binary factors.
+
+    Args:
+        target_bits: Bits of signs per weight that the layer's rank follows from.
+        settings: Settings of the method, repeated for every layer.
+    """
+    return LayerFormat("dbf", target_bits, dict(settings))
+
+
+def dbf_quant_config(
+    *,
+    target_bits: float,
+    settings: Mapping[str, Any],
+    mlp_target_bits: float | None = None,
+    module_target_bits: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Top-level entries for layers of two binary factors.
+
+    Args:
+        target_bits: Bits of signs per weight where nothing else is said.
+        settings: Settings of the method.
+        mlp_target_bits: Bits of layers with ``mlp`` in their name.
+        module_target_bits: Bits by layer name.
+    """
+    overrides = {
+        "mlp_target_bits": mlp_target_bits,
+        "module_target_bits": dict(module_target_bits) if module_target_bits else None,
+    }
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    return {"quant_method": "dbf", "bits": target_bits, **settings, **overrides}
+
+
 def gptq_quant_config(
     *,
     wbits: int,

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import singledispatch
 
 from onecomp.errors import ConfigError
-from onecomp.quantizer import GPTQ, QUIP, RTN, Quantizer
+from onecomp.quantizer import DBF, GPTQ, QUIP, RTN, Quantizer
 from onecomp.quantizer.grid import GridSearch
 
 TRIED_SHARE = 0.8
@@ -123,3 +123,8 @@ def _rated(quantizer: Quantizer, wbits: int | float, layout: str | None) -> Meth
 @method_shape.register
 def _(quantizer: QUIP) -> MethodShape:
     return _rated(quantizer, quantizer.wbits, layout=None)
+
+
+@method_shape.register
+def _(quantizer: DBF) -> MethodShape:
+    return _rated(quantizer, quantizer.target_bits, layout="dbf")

@@ -1,6 +1,9 @@
 """Quantizers: one folder a method, the same files in each."""
 
 from onecomp.quantizer.base import Quantizer as Quantizer
+from onecomp.quantizer.dbf import DBF as DBF
+from onecomp.quantizer.dbf import DBFResult as DBFResult
+from onecomp.quantizer.dbf import DoubleBinaryLinear as DoubleBinaryLinear
 from onecomp.quantizer.gptq import GPTQ as GPTQ
 from onecomp.quantizer.gptq import GPTQResult as GPTQResult
 from onecomp.quantizer.jointq import JointQ as JointQ

@@ -1,0 +1,292 @@
+"""Settings of double binary factorisation, and how it treats layers that share an input."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from onecomp.errors import QuantizationError
+from onecomp.export.quant_config import LayerFormat, dbf_format, dbf_quant_config
+from onecomp.quantizer.baseline import nearest_weight, sign_mean_weight
+from onecomp.quantizer.checks import as_number, is_whole
+from onecomp.quantizer.dbf.admm import Search
+from onecomp.quantizer.dbf.algorithm import dbf_quantize
+from onecomp.quantizer.dbf.coordinates import BALANCE_MODES, Balancing
+from onecomp.quantizer.dbf.factors import BinaryFactors
+from onecomp.quantizer.dbf.rank import achievable_bits, is_clamped, rank_of
+from onecomp.quantizer.dbf.result import DBFResult, packed_signs
+from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.from_weights import WeightQuantizer
+
+PLANNED_STEPS = 16
+"""Steps of the alternation, where ``iters`` allows so many: the penalty rises within them. More
+steps lower the error by little for what they take."""
+REFINE_STEPS = 12
+"""Steps of the alternation that take as long as refining."""
+MOST_BITS = 8
+SOLVE_COST = 4.0
+"""Products of the shapes of a step that take as long as the step, measured on a CPU."""
+
+
+@dataclass
+class DBF(WeightQuantizer):
+    """Double binary factorization (Boža and Macko, 2025, arXiv:2505.11076).
+
+    A weight becomes the product of two matrices of signs with a scale on either side and between
+    them, which takes 1 to 2 bits a weight. The number of columns of the first one follows from
+    ``target_bits`` and the shape; a layer that is far from square has no room for many bits.
+
+    The error that is minimised is the Hessian's, with and without balancing: balancing sets the
+    coordinates in which the search starts and measures its penalty, nothing else.
+
+    Example:
+        >>> DBF(target_bits=1.5).name
+        'DBF_1.5bit'
+    """
+
+    flag_calibration: bool = True
+    flag_hessian: bool = True
+    target_bits: float = 1.5
+    """Bits of signs per weight; the scales add 16 bits for each output, input and column of A."""
+    iters: int = 600
+    """Most steps of the alternation. It plans 16: the penalty has risen by then, and further steps
+    no longer pay."""
+    reg: float = 3e-2
+    """Damping of each least-squares step, a fraction of the Gram matrix's mean diagonal."""
+    use_balancing: bool = True
+    """Search in coordinates in which rows and columns have more equal norms."""
+    balance_iters: int = 40
+    """Most sweeps of balancing."""
+    balance_alpha: float = 1.0
+    """Norm of a balanced row. It is the unit of measurement only: results do not depend on it."""
+    balance_mode: str = "l1"
+    """Norm of a row or column, ``"l1"`` or ``"l2"``."""
+    use_adaptive_rho: bool = True
+    """Change the penalty where primal and dual residual are far apart."""
+    mlp_target_bits: float | None = None
+    """Bits of layers whose name contains ``mlp``."""
+    module_target_bits: dict[str, float] | None = None
+    """Bits by full layer name; wins over ``mlp_target_bits``."""
+    bitpack_on_quantize: bool = True
+    """Keep the signs of results eight to a byte."""
+
+    def default_name(self) -> str:
+        """Name from the bits."""
+        return f"DBF_{self.target_bits:g}bit"
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, one sentence each."""
+        problems = []
+        if not as_number(self.target_bits) > 0:
+            problems.append(f"target_bits={self.target_bits!r}: must be a number above 0.")
+        by_layer = self.module_target_bits or {}
+        own = {"mlp_target_bits": self.mlp_target_bits}
+        if isinstance(by_layer, dict):
+            own |= {f"module_target_bits[{name!r}]": bits for name, bits in by_layer.items()}
+        else:
+            problems.append(f"module_target_bits={by_layer!r}: must be a dict of bits by name.")
+        problems += [
+            f"{name}={bits!r}: must be a number, at least 1.0."
+            for name, bits in own.items()
+            if not (bits is None and name == "mlp_target_bits") and not as_number(bits) >= 1.0
+        ]
+        return problems + self._search_problems()
+
+    def _search_problems(self) -> list[str]:
+        problems = []
+        if not is_whole(self.iters, 1):
+            problems.append(f"iters={self.iters!r}: must be a whole number, at least 1.")
+        if not as_number(self.reg) >= 0:
+            problems.append(f"reg={self.reg!r}: must be a number, at least 0.")
+        if self.use_balancing and not is_whole(self.balance_iters, 1):
+            problems.append(f"balance_iters={self.balance_iters!r}: must be at least 1.")
+        if self.use_balancing and not as_number(self.balance_alpha) > 0:
+            problems.append(f"balance_alpha={self.balance_alpha!r}: must be above 0.")
+        if self.use_balancing and self.balance_mode not in BALANCE_MODES:
+            modes = " or ".join(map(repr, BALANCE_MODES))
+            problems.append(f"balance_mode={self.balance_mode!r}: must be {modes}.")
+        problems += [
+            f"{name}={getattr(self, name)!r}: must be True or False."
+            for name in ("use_balancing", "use_adaptive_rho", "bitpack_on_quantize")
+            if not isinstance(getattr(self, name), bool)
+        ]
+        return problems
+
+    # Bits and shapes
+
+    @staticmethod
+    def resolve_bits(
+        layer_name: str | None,
+        default_bits: float,
+        mlp_bits: float | None = None,
+        module_bits: dict[str, float] | None = None,
+    ) -> float:
+        """Bits of a layer: by its name, else for MLPs, else the default.
+
+        >>> DBF.resolve_bits("model.layers.0.mlp.up_proj", 1.5, mlp_bits=1.25)
+        1.25
+        """
+        if layer_name is None:
+            return default_bits
+        if module_bits and layer_name in module_bits:
+            return module_bits[layer_name]
+        return mlp_bits if mlp_bits is not None and "mlp" in layer_name else default_bits
+
+    def layer_bits(self, layer_name: str) -> float:
+        """Bits that were asked for of one layer."""
+        return float(
+            self.resolve_bits(
+                layer_name, self.target_bits, self.mlp_target_bits, self.module_target_bits
+            )
+        )
+
+    def model_problems(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """At least one layer must have room for the bits that are asked of it."""
+        short = self._clamped(shapes)
+        if not shapes or len(short) < len(shapes):
+            return []
+        most = max(_most_bits(shape) for shape in shapes.values())
+        name = max(short, key=lambda name: _most_bits(shapes[name]))
+        out_features, in_features = shapes[name]
+        return [
+            f"target_bits={self.layer_bits(name):g}: no layer has room for so many, {name} of "
+            f"{out_features} x {in_features} holds {most:.4g}, which is the most. "
+            f"Use target_bits={most:.4g} or less, or GPTQ."
+        ]
+
+    def remarks(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        """Layers without room for the bits that are asked of them, with what they get."""
+        short = self._clamped(shapes)
+        if not short:
+            return []
+        kinds: dict[tuple[int, int, float], list[str]] = {}
+        for name in short:
+            kinds.setdefault((*shapes[name], self.layer_bits(name)), []).append(name)
+        listed = "; ".join(
+            f"{_names(names)} of {out_features} x {in_features}: "
+            f"{achievable_bits(out_features, in_features, bits):.4g} of {bits:g}"
+            for (out_features, in_features, bits), names in kinds.items()
+        )
+        return [
+            f"{len(short)} of {len(shapes)} layers get fewer bits than asked, all that a product "
+            f"of their shape has room for: {listed}."
+        ]
+
+    def _clamped(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+        return [name for name, shape in shapes.items() if is_clamped(*shape, self.layer_bits(name))]
+
+    # Quantizing
+
+    def solve_cost(self, num_rows: int, in_features: int) -> float:
+        """Steps of products and Cholesky factors, as if the rows were one layer's."""
+        rank = rank_of(num_rows, in_features, self.target_bits)
+        num_steps = min(self.iters, PLANNED_STEPS) + REFINE_STEPS
+        each = rank * (num_rows + in_features) * (rank + in_features) + rank**3
+        return float(SOLVE_COST * num_steps * each)
+
+    def baseline(
+        self, layer_name: str, weight: Float[Tensor, "_ in"]
+    ) -> Float[Tensor, "_ in"] | None:
+        """Signs with their rows' mean below two bits, else rounding to the whole bits in them."""
+        bits = int(self.layer_bits(layer_name))
+        if bits < 2:
+            return sign_mean_weight(weight)
+        return nearest_weight(weight, wbits=min(bits, MOST_BITS))
+
+    def quantize_weights(
+        self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
+    ) -> dict[str, DBFResult]:
+        """Quantize layers that share an input; those of one shape and rank are solved together."""
+        alike: dict[tuple[int, int], list[str]] = {}
+        for name, weight in weights.items():
+            out_features, in_features = weight.shape
+            rank = rank_of(out_features, in_features, self.layer_bits(name))
+            alike.setdefault((out_features, rank), []).append(name)
+        results: dict[str, DBFResult] = {}
+        for (_, rank), names in alike.items():
+            solved = self._solve(torch.stack([weights[name] for name in names]), factors, rank)
+            results |= {name: self._result(name, solved, i) for i, name in enumerate(names)}
+        return {name: results[name] for name in weights}
+
+    def _solve(
+        self, weight: Float[Tensor, "layers out in"], factors: HessianFactors, rank: int
+    ) -> BinaryFactors:
+        """Factors under the Hessian, or under the next simpler one with which there are any."""
+        search = Search(min(self.iters, PLANNED_STEPS), self.reg, self.use_adaptive_rho)
+        balancing = None
+        if self.use_balancing:
+            balancing = Balancing(self.balance_iters, self.balance_alpha, self.balance_mode)
+        try:
+            return dbf_quantize(weight, factors.hessian, rank, search, balancing)
+        except QuantizationError as error:
+            factors.fallbacks.append(f"diagonal of the Hessian: {error}")
+        diagonal = torch.diag_embed(factors.hessian.diagonal())
+        return dbf_quantize(weight, diagonal, rank, search, None)
+
+    def _result(self, name: str, solved: BinaryFactors, index: int) -> DBFResult:
+        left, right = solved.row_signs[index], solved.column_signs[index]
+        signs = {"dbf_A": left, "dbf_B": right}
+        if self.bitpack_on_quantize:
+            stored = {key: packed_signs(matrix) for key, matrix in signs.items()}
+        else:
+            stored = {key: _half(matrix) for key, matrix in signs.items()}
+        shapes = [
+            list(matrix.shape) if self.bitpack_on_quantize else None for matrix in (left, right)
+        ]
+        return DBFResult(
+            target_bits=self.layer_bits(name),
+            **self._settings(),
+            is_dbf_quantized=True,
+            dbf_Da=_half(solved.row_scale[index]),
+            dbf_mid=_half(solved.middle[index]),
+            dbf_Db=_half(solved.column_scale[index]),
+            **stored,
+            dbf_A_is_packed=self.bitpack_on_quantize,
+            dbf_B_is_packed=self.bitpack_on_quantize,
+            dbf_A_original_shape=shapes[0],
+            dbf_B_original_shape=shapes[1],
+        )
+
+    # Export
+
+    def _settings(self) -> dict[str, bool | int | float | str]:
+        """What a result and a checkpoint repeat of the settings, beside the bits."""
+        return {
+            "iters": self.iters,
+            "reg": self.reg,
+            "use_balancing": self.use_balancing,
+            "balance_iters": self.balance_iters,
+            "balance_alpha": self.balance_alpha,
+            "balance_mode": self.balance_mode,
+            "use_adaptive_rho": self.use_adaptive_rho,
+        }
+
+    def get_quant_config(self) -> dict:
+        """Top level of a DBF checkpoint's ``quantization_config``."""
+        return dbf_quant_config(
+            target_bits=float(self.target_bits),
+            settings=self._settings(),
+            mlp_target_bits=self.mlp_target_bits,
+            module_target_bits=self.module_target_bits,
+        )
+
+    def layer_format(self, layer_name: str) -> LayerFormat:
+        """Signs and scales; the rank follows from the bits."""
+        return dbf_format(self.layer_bits(layer_name), self._settings())
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.float16).contiguous()
+
+
+def _most_bits(shape: tuple[int, int]) -> float:
+    """Bits per weight of the largest rank."""
+    return sum(shape) / max(shape)
+
+
+def _names(names: list[str]) -> str:
+    if len(names) <= 3:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])} and {len(names) - 3} more"
