@@ -16,11 +16,15 @@ from .export.load import QuantizedModelLoader as QuantizedModelLoader
 from .export.load import load_quantized_model as load_quantized_model
 from .log import setup_logger as setup_logger
 from .models import ModelConfig as ModelConfig
+from .planning.vram import VRAMBitwidthEstimation as VRAMBitwidthEstimation
+from .planning.vram import estimate_target_bitwidth as estimate_target_bitwidth
+from .planning.vram import estimate_wbits_from_vram as estimate_wbits_from_vram
 from .qep import QEPConfig as QEPConfig
 from .quantizer import DBF as DBF
 from .quantizer import GPTQ as GPTQ
 from .quantizer import QUIP as QUIP
 from .quantizer import RTN as RTN
+from .quantizer import AutoBitQuantizer as AutoBitQuantizer
 from .quantizer import DBFResult as DBFResult
 from .quantizer import DoubleBinaryLinear as DoubleBinaryLinear
 from .quantizer import GPTQResult as GPTQResult

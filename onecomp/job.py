@@ -118,6 +118,8 @@ def _plain(value: object) -> object:
         return str(value).removeprefix("torch.")
     if isinstance(value, Quantizer):
         return quantizer_record(value)
+    if isinstance(value, CalibrationConfig):
+        return asdict(value)
     if isinstance(value, tuple) and all(isinstance(item, type) for item in value):
         return [item.__name__ for item in value]
     if isinstance(value, list | tuple):
@@ -129,6 +131,8 @@ def _restored(value: object) -> object:
     """Methods within a method's settings, restored."""
     if isinstance(value, Mapping) and "method" in value and "target_layer_types" in value:
         return quantizer_from_record(value)
+    if isinstance(value, Mapping) and "calibration_dataset" in value:
+        return CalibrationConfig(**value)
     if isinstance(value, list):
         return [_restored(item) for item in value]
     return value

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 from upath import UPath
 
-from onecomp.calibration import CalibrationSamples, prepare_calibration_samples
+from onecomp.calibration import CalibrationConfig, CalibrationSamples, prepare_calibration_samples
 from onecomp.calibration.config import SELF
 from onecomp.calibration.shards import CalibrationShard, cut_shards
 from onecomp.errors import InputError
@@ -46,10 +47,11 @@ from onecomp.places import (
 )
 from onecomp.planning.room import require_room
 from onecomp.progress import Progress
-from onecomp.quantizer import QuantizationResult, Quantizer
+from onecomp.quantizer import AutoBitQuantizer, QuantizationResult, Quantizer
 from onecomp.schedule import useful_workers
 from onecomp.storage import AnyPath, open_path
 from onecomp.store import RUN_FILE, RunDirectory
+from onecomp.survey import SurveyPlan, assign
 from onecomp.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -215,8 +217,15 @@ class Session:
             "started", blocks=len(blocks), finished=reused, workers=executor.num_workers,
             executor=executor.describe(),
         )  # fmt: skip
-        with Progress(len(blocks), reused, silent=not report_progress) as progress:
+        settings = self._settings(run, len(self._shards))
+        if isinstance(self.job.quantizer, AutoBitQuantizer):
+            plan = SurveyPlan(
+                self._survey_samples, self.job.num_shards, executor, patience or Patience(),
+                silent=not report_progress,
+            )  # fmt: skip
+            assign(self.job.quantizer, settings, plan)
             settings = self._settings(run, len(self._shards))
+        with Progress(len(blocks), reused, silent=not report_progress) as progress:
             quantize_model(settings, self._shards, executor, progress, patience)
         run.require_lease()
         if self.output is not None:
@@ -234,6 +243,11 @@ class Session:
             format_duration(time.monotonic() - started),
             run.mean_output_error(),
         )
+
+    def _survey_samples(self) -> CalibrationSamples | None:
+        """The run's calibration tokens, or what the method asks for in their place."""
+        own = cast(AutoBitQuantizer, self.job.quantizer).calibration_config
+        return self.samples if own is None else _read_samples(own, self.job, self.skeleton)
 
     def _begin(self, run: RunDirectory) -> RunDirectory:
         """Write what is being made; the directory as workers are to find it."""
@@ -332,12 +346,16 @@ def _checked_skeleton(job: QuantizationJob) -> Skeleton:
 
 
 def _samples(job: QuantizationJob, skeleton: Skeleton) -> CalibrationSamples | None:
-    if not job.quantizer.flag_calibration:
-        return None
+    return _read_samples(job.calibration, job, skeleton) if job.quantizer.flag_calibration else None
+
+
+def _read_samples(
+    calibration: CalibrationConfig, job: QuantizationJob, skeleton: Skeleton
+) -> CalibrationSamples:
     require_positions(
         skeleton.model,
-        job.calibration.max_length,
-        may_extrapolate=job.calibration.dataset_name != SELF,
+        calibration.max_length,
+        may_extrapolate=calibration.dataset_name != SELF,
     )
     tokenizer = job.model_config.load_tokenizer()
-    return prepare_calibration_samples(job.calibration, tokenizer, job.model_config.load_model)
+    return prepare_calibration_samples(calibration, tokenizer, job.model_config.load_model)

@@ -7,6 +7,7 @@ RUN/
   checkpoint/                 the checkpoint as far as it is written
   events.jsonl                one line per finished unit; events/ on an object store
   report.html
+  assignment.json, survey/    of a method that gives each layer a child, see ``onecomp.survey``
   lease-000001.json           the driver that works on it; absent means none does
   replaced/                   an earlier run that this one replaces, until this one is finished
 """
@@ -56,7 +57,19 @@ CALIBRATION_FILE = "calibration.safetensors"
 BLOCKS = "blocks"
 CHECKPOINT = "checkpoint"
 REPORT_FILE = "report.html"
-FILES = (RUN_FILE, CALIBRATION_FILE, BLOCKS, CHECKPOINT, EVENTS_FILE, EVENTS, REPORT_FILE)
+ASSIGNMENT_FILE = "assignment.json"
+SURVEY = "survey"
+FILES = (
+    RUN_FILE,
+    CALIBRATION_FILE,
+    BLOCKS,
+    CHECKPOINT,
+    EVENTS_FILE,
+    EVENTS,
+    REPORT_FILE,
+    ASSIGNMENT_FILE,
+    SURVEY,
+)
 """What a run writes; the record first, as it makes a directory a run."""
 REPLACED = "replaced"
 

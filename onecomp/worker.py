@@ -55,6 +55,11 @@ class WorkerSettings:
     writer: CheckpointWriter | None
     """Where finished blocks go in the checkpoint's format; None for results only."""
 
+    def device_here(self) -> torch.device:
+        """The device of a worker in this process."""
+        use_cuda = self.device == "auto" and torch.cuda.is_available()
+        return torch.device("cuda" if use_cuda else self.device.replace("auto", "cpu"))
+
 
 class Worker:
     """Carries its calibration shards through the model and quantizes the groups it owns.
@@ -66,8 +71,7 @@ class Worker:
     def __init__(self, number: int, settings: WorkerSettings):
         self.number, self.settings = number, settings
         settings.run.require_visible(f"worker {number}")
-        use_cuda = settings.device == "auto" and torch.cuda.is_available()
-        self.device = torch.device("cuda" if use_cuda else settings.device.replace("auto", "cpu"))
+        self.device = settings.device_here()
         torch.set_num_threads(1)  # products shared by threads differ in the last bit, see executor
         self.skeleton = Skeleton.build(settings.source, settings.dtype)
         self._front: Skeleton | None = Skeleton.build(settings.source, settings.dtype)

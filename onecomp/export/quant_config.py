@@ -1,7 +1,7 @@
 """The ``quantization_config`` of a checkpoint: the only place with Hugging Face's key names."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +117,34 @@ def gptq_quant_config(
         "checkpoint_format": "gptq",
         **overrides,
     }
+
+
+def mixed_quant_config(
+    configs: Sequence[Mapping[str, Any]], average_bits: float | None
+) -> dict[str, Any]:
+    """Top-level entries for layers of several methods; each layer has an entry of its own.
+
+    Layers in GPTQ's layout alone make ``mixed_gptq``, which serving engines read, whichever method
+    made the codes; ``sym`` then holds where it does for all of them, as kernels for symmetric
+    grids ignore zero points.
+
+    Args:
+        configs: Of each method, that of most layers first.
+        average_bits: Stored bits a weight, for the reader's information.
+    """
+    if len(configs) == 1:
+        return dict(configs[0])
+    methods = {LAYER_METHODS[config["quant_method"]] for config in configs}
+    if methods != {"gptq"}:
+        return {"quant_method": "autobit", "bits": average_bits, "checkpoint_format": "gptq"}
+    has_order = any(config["desc_act"] for config in configs)
+    usual = gptq_quant_config(
+        wbits=configs[0]["bits"],
+        groupsize=configs[0][GROUP_SIZE],
+        actorder=has_order,
+        sym=all(config["sym"] for config in configs),
+    )
+    return {**usual, "quant_method": "mixed_gptq"}
 
 
 def finalize_quant_config(

@@ -1,7 +1,8 @@
 """How each block is called: recorded by running the model with its blocks replaced."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,20 +34,28 @@ class LastBlockReachedError(Exception):
     """Ends the recording; nothing behind the blocks is computed."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes its call and hands the hidden states on."""
+class _StandIn(nn.Module):
+    """Stands in for a block, with the attributes that models read of their blocks."""
 
-    hidden: Tensor
-
-    def __init__(self, block: nn.Module, returns_tuple: bool, is_last: bool):
+    def __init__(self, block: nn.Module, returns_tuple: bool):
         super().__init__()
         self.attributes = {k: v for k, v in vars(block).items() if not k.startswith("_")}
-        self.returns_tuple, self.is_last = returns_tuple, is_last
-        self.call = BlockCall()
+        self.returns_tuple = returns_tuple
 
     def __getattr__(self, name: str) -> Any:
         attributes = self.__dict__.get("attributes", {})
         return attributes[name] if name in attributes else super().__getattr__(name)
+
+
+class _Recorder(_StandIn):
+    """Notes the block's call and hands the hidden states on."""
+
+    hidden: Tensor
+
+    def __init__(self, block: nn.Module, returns_tuple: bool, is_last: bool):
+        super().__init__(block, returns_tuple)
+        self.is_last = is_last
+        self.call = BlockCall()
 
     def forward(self, *args: object, **kwargs: object) -> object:
         if args:
@@ -79,18 +88,55 @@ def record_calls(
     blocks = skeleton.blocks
     count = len(blocks) if num_blocks is None else num_blocks
     recorders = [_Recorder(b, returns_tuple, i == count - 1) for i, b in enumerate(blocks)]
+    with _in_place_of(blocks, recorders), suppress(LastBlockReachedError), torch.inference_mode():
+        skeleton.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return recorders[0].hidden, [recorder.call for recorder in recorders[:count]]
+
+
+class _Source(_StandIn):
+    """Hands on hidden states that are known, whatever comes in."""
+
+    def __init__(self, block: nn.Module, returns_tuple: bool, hidden: Tensor):
+        super().__init__(block, returns_tuple)
+        self.hidden = hidden
+
+    def forward(self, *_args: object, **_kwargs: object) -> object:
+        return (self.hidden,) if self.returns_tuple else self.hidden
+
+
+def logits_behind(
+    skeleton: Skeleton,
+    hidden: Float[Tensor, "samples length hidden"],
+    input_ids: Int[Tensor, "samples length"],
+    attention_mask: Int[Tensor, "samples length"] | None,
+    *,
+    returns_tuple: bool,
+) -> Float[Tensor, "samples length vocabulary"]:
+    """What the model makes of the hidden states behind its last block, by its own code.
+
+    Args:
+        skeleton: Model whose modules outside the blocks can be run.
+        hidden: Hidden states behind the last block.
+        input_ids: Tokens that they are of.
+        attention_mask: 0 where a token is padding; None when there is none.
+        returns_tuple: Whether the model's blocks return tuples.
+    """
+    blocks = skeleton.blocks
+    with _in_place_of(blocks, [_Source(block, returns_tuple, hidden) for block in blocks]):
+        output = skeleton.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.logits
+
+
+@contextmanager
+def _in_place_of(blocks: nn.ModuleList, others: Sequence[nn.Module]) -> Iterator[None]:
     originals = list(blocks)
-    for index, recorder in enumerate(recorders):
-        blocks[index] = recorder
+    for index, other in enumerate(others):
+        blocks[index] = other
     try:
-        with torch.inference_mode():
-            skeleton.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    except LastBlockReachedError:
-        pass
+        yield
     finally:
         for index, block in enumerate(originals):
             blocks[index] = block
-    return recorders[0].hidden, [recorder.call for recorder in recorders[:count]]
 
 
 def fill_on_demand(skeleton: Skeleton, device: torch.device) -> None:

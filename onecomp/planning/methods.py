@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import singledispatch
 
 from onecomp.errors import ConfigError
-from onecomp.quantizer import DBF, GPTQ, QUIP, RTN, Quantizer
+from onecomp.quantizer import DBF, GPTQ, QUIP, RTN, AutoBitQuantizer, JointQ, Quantizer
 from onecomp.quantizer.grid import GridSearch
 
 TRIED_SHARE = 0.8
@@ -128,3 +128,16 @@ def _(quantizer: QUIP) -> MethodShape:
 @method_shape.register
 def _(quantizer: DBF) -> MethodShape:
     return _rated(quantizer, quantizer.target_bits, layout="dbf")
+
+
+@method_shape.register
+def _(quantizer: AutoBitQuantizer) -> MethodShape:
+    """As if every layer had the slowest candidate; the survey comes on top."""
+    bits = [child.bits_per_weight("", 4096, 4096) for child in quantizer.quantizers]
+    most = max((b for b in bits if b is not None), default=8.0)
+    return _rated(quantizer, most if quantizer.target_bit is None else quantizer.target_bit, "gptq")
+
+
+@method_shape.register
+def _(quantizer: JointQ) -> MethodShape:
+    return _rated(quantizer, quantizer.bits, "gptq")

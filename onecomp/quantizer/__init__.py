@@ -1,5 +1,7 @@
 """Quantizers: one folder a method, the same files in each."""
 
+from onecomp.quantizer.autobit import AutoBitQuantizer as AutoBitQuantizer
+from onecomp.quantizer.autobit import SurveyResult as SurveyResult
 from onecomp.quantizer.base import Quantizer as Quantizer
 from onecomp.quantizer.dbf import DBF as DBF
 from onecomp.quantizer.dbf import DBFResult as DBFResult

@@ -53,6 +53,9 @@ class Quantizer(ABC):
     """Rows are quantized independently of each other, so that a layer's may be cut into pieces and
     solved by several workers. Not inherited by a class that quantizes in a way of its own."""
 
+    needs_survey: ClassVar[bool] = False
+    """Whether all layers have to be measured before the first is quantized."""
+
     name: str | None = None
     """Default: class name and main settings; ``dataclasses.replace`` makes a default name anew."""
     num_layers: int | None = None
@@ -115,17 +118,38 @@ class Quantizer(ABC):
         """What the user should know of these settings on these layers, said once before the run."""
         return []
 
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float | None:
+        """Bits that a weight of this layer takes in storage, scales included; None if not known.
+
+        Args:
+            layer_name: Full name.
+            in_features: Its columns.
+            out_features: Its rows.
+            wbits: In place of the method's own bits; scales are added as the method stores them.
+        """
+        return wbits
+
     # Layers
 
     def selects(self, name: str, module: nn.Module) -> bool:
         """Whether a module is a target, ``num_layers`` aside."""
+        return isinstance(module, tuple(self.target_layer_types)) and self.accepts(name)
+
+    def accepts(self, layer_name: str) -> bool:
+        """Whether a layer of this name may be a target."""
         included_names, included_keywords = self.include_layer_names, self.include_layer_keywords
         return (
-            isinstance(module, tuple(self.target_layer_types))
-            and (included_names is None or name in included_names)
-            and (included_keywords is None or any(key in name for key in included_keywords))
-            and name not in (self.exclude_layer_names or ())
-            and not any(key in name for key in self.exclude_layer_keywords or ())
+            (included_names is None or layer_name in included_names)
+            and (included_keywords is None or any(key in layer_name for key in included_keywords))
+            and layer_name not in (self.exclude_layer_names or ())
+            and not any(key in layer_name for key in self.exclude_layer_keywords or ())
         )
 
     def select_layers(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -260,6 +284,10 @@ class Quantizer(ABC):
     def piece_key(self, layer_name: str) -> tuple[object, ...]:
         """Rows of layers with equal keys may lie in one piece, to be solved together."""
         return ()
+
+    def is_separable(self, layer_name: str) -> bool:
+        """Whether this layer's rows may be cut into pieces; the same for all of a piece key."""
+        return self.row_separable
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """Multiplications that take as long as ``quantize_weights`` of so many rows on a CPU."""

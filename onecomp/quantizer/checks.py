@@ -27,4 +27,4 @@ def as_number(value: object) -> float:
     """
     if not isinstance(value, int | float) or isinstance(value, bool):
         return math.nan
-    return value if math.isfinite(value) else math.nan
+    return float(value) if math.isfinite(value) else math.nan

@@ -1,5 +1,6 @@
 """One factorisation of a Hessian, shared by everything that solves with it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -51,6 +52,25 @@ class HessianFactors:
     """By layer name, output error and output energy of each row, where the method knows them."""
     _known: dict[FactorKey, HessianFactor] = field(default_factory=dict, repr=False)
     _failed: dict[FactorKey, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_identity(
+        cls, in_features: int, keys: Iterable[FactorKey], device: torch.device | str
+    ) -> "HessianFactors":
+        """With all inputs alike and independent second-order methods round to nearest.
+
+        Args:
+            in_features: Columns.
+            keys: The factors that will be asked for; they are known without factoring.
+            device: Where they are.
+        """
+        eye = torch.eye(in_features, device=device)
+        known = {}
+        for key in keys:
+            order = torch.arange(in_features, device=device) if key.by_activation else None
+            upper = eye * (1 + key.percdamp) ** -0.5
+            known[key] = HessianFactor(order, upper, key.percdamp)
+        return cls(eye, _known=known)
 
     def at(self, percdamp: float, by_activation: bool = False) -> HessianFactor:
         """The factor with damping ``percdamp`` times the mean diagonal, or the next that exists.

@@ -110,24 +110,20 @@ def even_cuts(num_rows: int, tile: int) -> list[tuple[int, int]]:
 def row_pieces(
     quantizer: Quantizer, out_features: Mapping[str, int], in_features: int, tile: int
 ) -> list[RowPiece]:
-    """The pieces of an input group; a single one for methods whose rows are not independent.
+    """The pieces of an input group; layers whose rows are not independent are not cut.
 
     Args:
-        quantizer: Says whether rows are independent, and which layers may share a piece.
+        quantizer: Says of which layers rows are independent, and which may share a piece.
         out_features: Rows of each layer by full name, in the order of the group.
         in_features: Columns of all of them.
         tile: Most rows of a piece, give or take 16, see ``row_tile``.
     """
-    if quantizer.row_separable:
-        names = sorted(out_features, key=quantizer.piece_key)
-        stacks = [list(alike) for _, alike in groupby(names, key=quantizer.piece_key)]
-    else:
-        stacks, tile = [list(out_features)], max(1, sum(out_features.values()))
-    cut = [
-        ranges
-        for stack in stacks
-        for ranges in _cut({name: out_features[name] for name in stack}, tile)
-    ]
+    cut: list[tuple[RowRange, ...]] = []
+    names = sorted(out_features, key=quantizer.piece_key)
+    for _, alike in groupby(names, key=quantizer.piece_key):
+        stack = {name: out_features[name] for name in alike}
+        is_separable = all(map(quantizer.is_separable, stack))
+        cut += _cut(stack, tile if is_separable else max(1, sum(stack.values())))
     return [RowPiece(i, len(cut), in_features, ranges) for i, ranges in enumerate(cut)]
 
 

@@ -59,6 +59,9 @@ class Several(WeightQuantizer):
         strangers = [method for method in self.quantizers if not isinstance(method, Quantizer)]
         if strangers or not self.quantizers:
             return [f"quantizers={self.quantizers!r}: must be a list of Quantizers, e.g. [GPTQ()]."]
+        unready = [method.name for method in self.quantizers if method.needs_survey]
+        if unready:
+            return [f"{', '.join(unready)} surveys the model first: run it by itself."]
         names = [method.name for method in self.quantizers]
         problems = [
             f"two methods are named {name!r}. Give one of them another name."
@@ -100,11 +103,9 @@ class Several(WeightQuantizer):
         """Each method by what its results' names begin with."""
         return {f"{method.name}{SEPARATOR}": method for method in self.quantizers}
 
-    @property
-    # pyrefly: ignore[bad-override]  # of a class elsewhere, of these methods here
-    def row_separable(self) -> bool:
-        """Whether each of them solves rows independently of each other."""
-        return all(method.row_separable for method in self.quantizers)
+    def is_separable(self, layer_name: str) -> bool:
+        """Whether each of them solves the layer's rows independently of each other."""
+        return all(method.is_separable(layer_name) for method in self.quantizers)
 
     def piece_key(self, layer_name: str) -> tuple[object, ...]:
         """Layers that may share a piece in every method."""

@@ -15,7 +15,7 @@ from onecomp.quantizer.dbf.admm import Search
 from onecomp.quantizer.dbf.algorithm import dbf_quantize
 from onecomp.quantizer.dbf.coordinates import BALANCE_MODES, Balancing
 from onecomp.quantizer.dbf.factors import BinaryFactors
-from onecomp.quantizer.dbf.rank import achievable_bits, is_clamped, rank_of
+from onecomp.quantizer.dbf.rank import achievable_bits, is_clamped, rank_of, stored_bits
 from onecomp.quantizer.dbf.result import DBFResult, packed_signs
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
@@ -176,6 +176,18 @@ class DBF(WeightQuantizer):
 
     def _clamped(self, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         return [name for name, shape in shapes.items() if is_clamped(*shape, self.layer_bits(name))]
+
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Signs and scales, as far as the shape has room."""
+        bits = self.layer_bits(layer_name) if wbits is None else wbits
+        return stored_bits(out_features, in_features, float(bits))
 
     # Quantizing
 

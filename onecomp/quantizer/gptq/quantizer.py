@@ -24,7 +24,7 @@ from onecomp.quantizer.gptq.algorithm import (
     nearest_solution,
 )
 from onecomp.quantizer.gptq.result import GPTQResult
-from onecomp.quantizer.grid import SEARCH_COST, GridSearch
+from onecomp.quantizer.grid import SEARCH_COST, GridSearch, stored_bits
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
 SMALLEST_PERCDAMP = 3.95e-4
@@ -171,6 +171,18 @@ class GPTQ(WeightQuantizer):
             wbits=self.resolve_bits(layer_name, self.wbits, self.mlp_wbits, self.module_wbits),
             groupsize=self.resolve_groupsize(layer_name, self.groupsize, self.mlp_groupsize),
         )
+
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Codes, scales and zero points; ``g_idx`` of ``actorder``, 32 / out bits, is left out."""
+        bits = self.layer_bits(layer_name)
+        return stored_bits(wbits or bits.wbits, bits.groupsize, in_features)
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""

@@ -12,7 +12,7 @@ from onecomp.export.quant_config import LayerFormat, gptq_format, gptq_quant_con
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest
+from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest, stored_bits
 from onecomp.quantizer.pieces import even_cuts, row_tile
 from onecomp.quantizer.rtn.result import RTNResult
 
@@ -60,6 +60,17 @@ class RTN(WeightQuantizer):
             f"{in_features % self.groupsize}). Use a divisor, or exclude the layer with "
             "exclude_layer_names."
         ]
+
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Codes, scales and zero points."""
+        return stored_bits(wbits or self.wbits, self.groupsize, in_features)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """The search is all that takes time."""

@@ -1,0 +1,279 @@
+"""AutoBit's settings, what its survey measures, and what it makes of a target."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from onecomp import GPTQ, RTN, CalibrationConfig
+from onecomp.errors import ConfigError, LayerError
+from onecomp.job import quantizer_from_record, quantizer_record
+from onecomp.jobs import quantize_group
+from onecomp.quantizer import AutoBitQuantizer
+from onecomp.quantizer.autobit.assignment import Assignment
+from onecomp.quantizer.dbf import DBF
+from onecomp.quantizer.factors import HessianFactors
+from onecomp.quantizer.pieces import row_pieces
+from onecomp.statistics import GroupStatistics
+
+SHAPES = {
+    "b.0.q_proj": (64, 64),
+    "b.0.k_proj": (32, 64),
+    "b.0.v_proj": (32, 64),
+    "b.0.o_proj": (64, 64),
+    "b.0.gate_proj": (128, 64),
+    "b.0.up_proj": (128, 64),
+    "b.0.down_proj": (64, 128),
+}
+OPTIONS = {"groupsize": 32, "mse": True, "q_grid": 50}
+
+
+def candidates() -> list[GPTQ]:
+    return [GPTQ(wbits=bits, **OPTIONS) for bits in (2, 3, 4, 8)]
+
+
+def method(target: float = 4, **options: object) -> AutoBitQuantizer:
+    return AutoBitQuantizer(quantizers=candidates(), target_bit=target, **options)
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in SHAPES.items()
+        if shape[1] == 64
+    }
+
+
+def inputs(count: int = 200) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(64, 64, generator=generator)
+    return torch.randn(count, 64, generator=generator) @ mixing
+
+
+def errors(scale: float = 1.0) -> dict[str, list[float]]:
+    """Errors of 2, 3, 4 and 8 bits; later layers are more sensitive."""
+    return {
+        name: [scale * 4.0**index * 4.0**-bits for bits in (2, 3, 4, 8)]
+        for index, name in enumerate(SHAPES)
+    }
+
+
+def test_every_problem_is_told_at_once():
+    made = method()
+    made.quantizers = [RTN(num_layers=3), "GPTQ", method()]
+    made.assignment_strategy = "best"
+    made.target_bit = 0.5
+    made.calibration_config = {"max_length": 3}
+    made.dbf_threshold = -1
+    made.dbf_iters = 0
+    made.fused_groups = [["q_proj"], ["up_proj", "up_proj"]]
+    with pytest.raises(ConfigError) as caught:
+        made.validate_params()
+    assert len(caught.value.problems) == 10
+    for part in ("num_layers=3", "'GPTQ'", "at least 1", "'best'", "twice", "dbf_iters=0"):
+        assert part in str(caught.value)
+
+
+def test_candidates_are_checked_again_where_they_were_changed():
+    broken = GPTQ(wbits=4)
+    broken.wbits = 0
+    with pytest.raises(ConfigError, match=r"quantizers\[0\].*wbits=0"):
+        AutoBitQuantizer(quantizers=[broken], target_bit=4)
+
+
+@pytest.mark.parametrize("options", [{}, {"target_bit": True}, {"target_bit": 0.9}])
+def test_a_target_is_needed_but_for_manual(options):
+    with pytest.raises(ConfigError, match="target_bit"):
+        AutoBitQuantizer(quantizers=candidates(), **options)
+    assert AutoBitQuantizer(quantizers=candidates(), assignment_strategy="manual").name
+
+
+def test_settings_survive_the_record_of_a_run():
+    made = method(3.5, calibration_config=CalibrationConfig("text.txt", max_length=64))
+    made.assignment = Assignment({})
+    restored = quantizer_from_record(quantizer_record(made))
+    assert restored == replace(made, assignment=None)
+    assert "assignment" not in quantizer_record(made)
+    assert replace(restored) == restored
+
+
+def test_a_raw_target_becomes_what_it_takes_with_scales():
+    made = method(4)
+    assert made._assigner.target(SHAPES) == pytest.approx(4 + 20 / 32)
+    assert method(4, target_bit_is_effective=True)._assigner.target(SHAPES) == 4
+    mixed = AutoBitQuantizer(
+        quantizers=[RTN(wbits=4, groupsize=32), RTN(wbits=4)], target_bit=4
+    )._assigner.target({"layer": (10, 64)})
+    assert mixed == pytest.approx(4 + (20 / 32 + 20 / 64) / 2)
+
+
+def test_fused_layers_get_the_same_candidate_unless_that_is_off():
+    groups = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+
+    def children(found: Assignment) -> list[set[int]]:
+        return [{found.layers[f"b.0.{name}"].child for name in group} for group in groups]
+
+    tied = method().assign(SHAPES, errors())
+    assert [len(part) for part in children(tied)] == [1, 1]
+    free = method(enable_fused_groups=False).assign(SHAPES, errors())
+    assert max(len(part) for part in children(free)) > 1
+    assert free.average_bits <= free.target_bits
+
+
+def test_fused_layers_need_a_candidate_for_all_of_them():
+    made = AutoBitQuantizer(
+        quantizers=[
+            RTN(wbits=4, include_layer_keywords=["q_proj"]),
+            RTN(wbits=3, exclude_layer_keywords=["q_proj"]),
+        ],
+        target_bit=4,
+    )
+    [problem] = made.model_problems(SHAPES)
+    assert "b.0.q_proj, b.0.k_proj, b.0.v_proj are fused" in problem
+    made.enable_fused_groups = False
+    assert made.model_problems(SHAPES) == []
+
+
+def test_a_target_out_of_reach_is_refused_before_the_run():
+    made = AutoBitQuantizer(
+        quantizers=candidates()[1:], target_bit=2.5, auto_dbf=False, enable_fused_groups=False
+    )
+    [problem] = made.model_problems(SHAPES)
+    assert "3.594 to 8.750" in problem
+
+
+def test_low_targets_take_dbf_for_all_layers():
+    for low in (
+        method(1.5),
+        method(2.0),
+        AutoBitQuantizer(quantizers=candidates()[2:], target_bit=3),
+    ):
+        found = low.assign_unmeasured(SHAPES)
+        low.assignment = found
+        [(number, child)] = low.used_children()
+        assert (number, type(child)) == (len(low.quantizers), DBF)
+        assert child.target_bits == low.target_bit
+    assert method(2.1).assign_unmeasured(SHAPES) is None
+    assert method(1.5, auto_dbf=False).assign_unmeasured(SHAPES) is None
+
+
+def test_layers_of_few_bits_become_dbf_where_the_average_is_low():
+    made = AutoBitQuantizer(
+        quantizers=[GPTQ(wbits=bits, groupsize=32) for bits in (1, 2)],
+        target_bit=2.3,
+        target_bit_is_effective=True,
+        dbf_threshold=2.25,
+        dbf_iters=7,
+    )
+    found = made._assigner.assign(SHAPES, {name: [2.0**i, 1.0] for i, name in enumerate(SHAPES)})
+    made.assignment = Assignment.from_record(found.record())
+    assert made.assignment == found
+    assert {choice.child for choice in found.layers.values()} == {1, 2}
+    assert made.children[2] == DBF(target_bits=1.0, iters=7)
+
+
+@pytest.mark.parametrize("strategy", ["activation_aware", "ilp"])
+def test_the_survey_finds_what_candidates_do_with_their_own_settings(strategy):
+    """Symmetric grids with a search, not a stand-in for them (and the Hessian, unless plain)."""
+    made = method(assignment_strategy=strategy)
+    made.quantizers = [*made.quantizers, RTN(wbits=3, groupsize=16, sym=True)]
+    statistics = GroupStatistics.of(inputs(), None)
+    used = statistics if strategy == "activation_aware" else None
+    found, _ = quantize_group(made.survey(), weights(), used, None)
+    hessian = statistics.hessian()
+    for index, candidate in enumerate(made.quantizers):
+        factors = HessianFactors(hessian if used else torch.eye(64))
+        results = candidate.quantize_weights(weights(), factors)
+        for name, weight in weights().items():
+            delta = (weight - results[name].dequantize()).double()
+            matrix = hessian.double() if used else torch.eye(64, dtype=torch.float64)
+            expected = ((delta @ matrix) * delta).sum(dim=1)
+            torch.testing.assert_close(
+                found[name].errors[index].double(), expected, rtol=1e-4, atol=1e-6
+            )
+    assert found["b.0.q_proj"].num_tokens == (200 if used else 1)
+
+
+def test_errors_fall_with_bits_and_do_not_depend_on_the_pieces():
+    statistics = GroupStatistics.of(inputs(), None)
+    wide = {"b.0.up_proj": torch.randn(400, 64, generator=torch.Generator().manual_seed(3))}
+    whole, _ = quantize_group(method().survey(), wide, statistics, None)
+    parts, _ = quantize_group(method().survey(), wide, statistics, None, tile=130)
+    found = whole["b.0.up_proj"].errors
+    assert torch.equal(found, parts["b.0.up_proj"].errors)
+    assert (found.sum(dim=1).diff() < 0).all()
+
+
+def test_candidates_are_tried_on_their_own_layers_only():
+    made = AutoBitQuantizer(
+        quantizers=[RTN(wbits=4), RTN(wbits=2, exclude_layer_keywords=["o_proj"])],
+        target_bit=3,
+        assignment_strategy="ilp",
+    )
+    found, _ = quantize_group(made.survey(), weights(), None, None)
+    assert found["b.0.o_proj"].errors[1].isinf().all()
+    assert found["b.0.q_proj"].errors.isfinite().all()
+    of_layers = {name: [1.0, 2.0] if "o_proj" not in name else [1.0, torch.inf] for name in SHAPES}
+    assert made.assign(SHAPES, of_layers).layers["b.0.o_proj"].errors == (1.0, None)
+
+
+def test_each_child_quantizes_its_layers():
+    made = method(enable_fused_groups=False)
+    made.assignment = made.assign(SHAPES, errors())
+    statistics = GroupStatistics.of(inputs(), None)
+    results, _ = quantize_group(made, weights(), statistics, None)
+    numbers = {made.child_of(name) for name in weights()}
+    assert len(numbers) > 2
+    for number in numbers:
+        own = {n: w for n, w in weights().items() if made.child_of(n) == number}
+        alone, _ = quantize_group(made.quantizers[number], own, statistics, None)
+        for name in own:
+            assert torch.equal(results[name].qweight, alone[name].qweight)
+            assert results[name].wbits == made.quantizers[number].wbits
+
+
+def test_rows_are_cut_only_where_the_child_solves_them_apart():
+    made = AutoBitQuantizer(
+        quantizers=[
+            RTN(include_layer_keywords=["up"]),
+            DBF(include_layer_keywords=["q_proj"]),
+            RTN(wbits=2, include_layer_keywords=["gate"]),
+        ],
+        assignment_strategy="manual",
+    )
+    pieces = row_pieces(made, {"q_proj": 400, "up": 400, "gate": 100}, 64, 130)
+    ranges = [[(r.layer_name, len(r)) for r in piece.ranges] for piece in pieces]
+    assert [("q_proj", 400)] in ranges
+    assert len([part for part in ranges if part[0][0] == "up"]) == 3
+    assert all(len(part) == 1 for part in ranges)
+
+
+def test_manual_takes_the_first_candidate_that_accepts_the_name():
+    made = AutoBitQuantizer(
+        quantizers=[
+            RTN(wbits=8, include_layer_keywords=["down_proj"]),
+            RTN(wbits=2, include_layer_keywords=["proj"], exclude_layer_keywords=["o_proj"]),
+        ],
+        assignment_strategy="manual",
+    )
+    assert not made.accepts("b.0.o_proj")
+    shapes = {name: shape for name, shape in SHAPES.items() if made.accepts(name)}
+    found = made.assign_unmeasured(shapes)
+    assert {n for n, choice in found.layers.items() if choice.child == 0} == {"b.0.down_proj"}
+    assert made.model_problems(shapes) == []
+
+
+def test_without_an_assignment_nothing_is_quantized():
+    with pytest.raises(LayerError, match="has no method for it yet"):
+        method().quantize_weights(weights(), None)
+
+
+def test_text_is_read_only_where_something_needs_it():
+    plain = [RTN(wbits=bits) for bits in (2, 4)]
+    ilp = AutoBitQuantizer(quantizers=plain, target_bit=3, assignment_strategy="ilp")
+    assert (ilp.flag_calibration, ilp.flag_hessian) == (False, False)
+    aware = AutoBitQuantizer(quantizers=plain, target_bit=3)
+    assert (aware.flag_calibration, aware.survey().flag_hessian) == (True, True)
+    low = AutoBitQuantizer(quantizers=plain, target_bit=2, assignment_strategy="ilp")
+    assert low.flag_hessian  # it will be DBF
