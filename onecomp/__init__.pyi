@@ -20,11 +20,15 @@ from .planning.vram import VRAMBitwidthEstimation as VRAMBitwidthEstimation
 from .planning.vram import estimate_target_bitwidth as estimate_target_bitwidth
 from .planning.vram import estimate_wbits_from_vram as estimate_wbits_from_vram
 from .qep import QEPConfig as QEPConfig
+from .quantizer import ARB as ARB
+from .quantizer import CQ as CQ
 from .quantizer import DBF as DBF
 from .quantizer import GPTQ as GPTQ
 from .quantizer import QUIP as QUIP
 from .quantizer import RTN as RTN
+from .quantizer import ARBResult as ARBResult
 from .quantizer import AutoBitQuantizer as AutoBitQuantizer
+from .quantizer import CQResult as CQResult
 from .quantizer import DBFResult as DBFResult
 from .quantizer import DoubleBinaryLinear as DoubleBinaryLinear
 from .quantizer import GPTQResult as GPTQResult

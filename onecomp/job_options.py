@@ -9,7 +9,7 @@ from onecomp.errors import ConfigError
 from onecomp.job import QuantizationJob, default_groupsize
 from onecomp.models import ModelConfig, Skeleton
 from onecomp.qep import QEPConfig
-from onecomp.quantizer import GPTQ, QUIP, RTN, Quantizer
+from onecomp.quantizer import ARB, CQ, GPTQ, QUIP, RTN, Quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -136,5 +136,7 @@ METHODS: Mapping[str, Method] = {
     "gptq": Method(_gptq),
     "rtn": Method(_rtn),
     "quip": Method(lambda options, _: QUIP(wbits=options.whole_bits), has_groups=False),
+    "arb": Method(lambda _, groupsize: ARB(groupsize=groupsize), bits=None),
+    "cq": Method(lambda _, groupsize: CQ(groupsize=groupsize), bits=None),
 }
 """By the name that ``--quantizer`` takes."""

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 
-from onecomp.quantizer import GPTQ, QUIP, RTN, Quantizer
+from onecomp.quantizer import ARB, CQ, DBF, GPTQ, QUIP, RTN, JointQ, Quantizer
 
 METHODS: dict[str, Callable[..., Quantizer]] = {
+    "arb": lambda **more: ARB(arb_iters=2, **more),
+    "cq": lambda **more: CQ(refine_iters=2, **more),
+    "dbf": lambda **more: DBF(target_bits=1.2, iters=4, **more),
     "gptq": lambda **more: GPTQ(groupsize=16, mse=True, q_grid=20, **more),
+    "jointq": lambda **more: JointQ(bits=3, group_size=16, num_restarts=1, **more),
     "quip": lambda **more: QUIP(wbits=3, **more),
     "rtn": lambda **more: RTN(groupsize=16, **more),
 }

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import singledispatch
 
 from onecomp.errors import ConfigError
-from onecomp.quantizer import DBF, GPTQ, QUIP, RTN, AutoBitQuantizer, JointQ, Quantizer
+from onecomp.quantizer import ARB, CQ, DBF, GPTQ, QUIP, RTN, AutoBitQuantizer, JointQ, Quantizer
 from onecomp.quantizer.grid import GridSearch
 
 TRIED_SHARE = 0.8
@@ -141,3 +141,8 @@ def _(quantizer: AutoBitQuantizer) -> MethodShape:
 @method_shape.register
 def _(quantizer: JointQ) -> MethodShape:
     return _rated(quantizer, quantizer.bits, "gptq")
+
+
+@method_shape.register
+def _(quantizer: CQ | ARB) -> MethodShape:
+    return _rated(quantizer, 1, None)

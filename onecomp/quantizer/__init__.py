@@ -1,8 +1,12 @@
 """Quantizers: one folder a method, the same files in each."""
 
+from onecomp.quantizer.arb import ARB as ARB
+from onecomp.quantizer.arb import ARBResult as ARBResult
 from onecomp.quantizer.autobit import AutoBitQuantizer as AutoBitQuantizer
 from onecomp.quantizer.autobit import SurveyResult as SurveyResult
 from onecomp.quantizer.base import Quantizer as Quantizer
+from onecomp.quantizer.cq import CQ as CQ
+from onecomp.quantizer.cq import CQResult as CQResult
 from onecomp.quantizer.dbf import DBF as DBF
 from onecomp.quantizer.dbf import DBFResult as DBFResult
 from onecomp.quantizer.dbf import DoubleBinaryLinear as DoubleBinaryLinear
