@@ -24,6 +24,7 @@ from .quantizer import ARB as ARB
 from .quantizer import CQ as CQ
 from .quantizer import DBF as DBF
 from .quantizer import GPTQ as GPTQ
+from .quantizer import QBB as QBB
 from .quantizer import QUIP as QUIP
 from .quantizer import RTN as RTN
 from .quantizer import ARBResult as ARBResult
@@ -34,6 +35,9 @@ from .quantizer import DoubleBinaryLinear as DoubleBinaryLinear
 from .quantizer import GPTQResult as GPTQResult
 from .quantizer import JointQ as JointQ
 from .quantizer import JointQResult as JointQResult
+from .quantizer import Onebit as Onebit
+from .quantizer import OnebitResult as OnebitResult
+from .quantizer import QBBResult as QBBResult
 from .quantizer import QuantizationResult as QuantizationResult
 from .quantizer import Quantizer as Quantizer
 from .quantizer import QUIPResult as QUIPResult

@@ -23,7 +23,10 @@ app = typer.Typer(
 
 
 Model = Annotated[str, typer.Argument(help="Directory of the model, or its Hub id.")]
-Method = Annotated[Literal["gptq", "rtn", "quip"], typer.Option(help="Method.")]
+Method = Annotated[
+    Literal["gptq", "rtn", "jointq", "autobit", "dbf", "quip", "qbb", "onebit", "arb", "cq"],
+    typer.Option(help="Method, see docs/quantizers.md."),
+]
 Bits = Annotated[int | None, typer.Option(help="Bits per weight, 1 to 8. Default: 4.")]
 TargetBits = Annotated[
     float | None, typer.Option(help="Mean bits per weight, for dbf and autobit.")

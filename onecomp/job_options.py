@@ -2,18 +2,32 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onecomp.calibration import CalibrationConfig
 from onecomp.errors import ConfigError
 from onecomp.job import QuantizationJob, default_groupsize
 from onecomp.models import ModelConfig, Skeleton
 from onecomp.qep import QEPConfig
-from onecomp.quantizer import ARB, CQ, GPTQ, QUIP, RTN, Quantizer
+from onecomp.quantizer import (
+    ARB,
+    CQ,
+    DBF,
+    GPTQ,
+    QBB,
+    QUIP,
+    RTN,
+    AutoBitQuantizer,
+    JointQ,
+    Onebit,
+    Quantizer,
+)
 
 logger = logging.getLogger(__name__)
 
 USUAL_WBITS = 4
+AUTOBIT_WBITS = (2, 3, 4, 8)
+"""Bits that AutoBit chooses from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +146,34 @@ def _rtn(options: JobOptions, groupsize: int) -> Quantizer:
     return RTN(wbits=options.whole_bits, groupsize=groupsize, sym=options.sym, mse=options.mse)
 
 
+def _jointq(options: JobOptions, groupsize: int) -> Quantizer:
+    return JointQ(
+        bits=options.whole_bits,
+        symmetric=options.sym,
+        group_size=None if groupsize == -1 else groupsize,
+    )
+
+
+def _dbf(options: JobOptions, groupsize: int) -> Quantizer:
+    del groupsize
+    return DBF() if options.target_bits is None else DBF(target_bits=options.target_bits)
+
+
+def _autobit(options: JobOptions, groupsize: int) -> Quantizer:
+    target = USUAL_WBITS if options.target_bits is None else options.target_bits
+    candidates = [_gptq(replace(options, wbits=wbits), groupsize) for wbits in AUTOBIT_WBITS]
+    return AutoBitQuantizer(candidates, target_bit=float(target))
+
+
 METHODS: Mapping[str, Method] = {
     "gptq": Method(_gptq),
     "rtn": Method(_rtn),
+    "jointq": Method(_jointq),
+    "autobit": Method(_autobit, bits="target_bits"),
+    "dbf": Method(_dbf, bits="target_bits", has_groups=False),
     "quip": Method(lambda options, _: QUIP(wbits=options.whole_bits), has_groups=False),
+    "qbb": Method(lambda options, _: QBB(wbits=options.whole_bits), has_groups=False),
+    "onebit": Method(lambda *_: Onebit(), bits=None, has_groups=False),
     "arb": Method(lambda _, groupsize: ARB(groupsize=groupsize), bits=None),
     "cq": Method(lambda _, groupsize: CQ(groupsize=groupsize), bits=None),
 }

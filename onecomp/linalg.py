@@ -76,6 +76,15 @@ def quadratic_form(
     return total
 
 
+def damped_hessian(hessian: Float[Tensor, "in in"], percdamp: float) -> Float[Tensor, "in in"]:
+    """``hessian + percdamp * mean(diagonal) * I``, where a diagonal of zero counts as 1."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += percdamp * diagonal.mean()
+    return damped
+
+
 @dataclass(frozen=True)
 class HessianFactor:
     """A damped Hessian in the order in which its columns are solved, ready to be inverted.
@@ -112,10 +121,7 @@ class HessianFactor:
         Raises:
             QuantizationError: The damped matrix is not positive definite.
         """
-        damped = hessian.to(dtype=dtype, copy=True)
-        diagonal = damped.diagonal()
-        diagonal[diagonal == 0] = 1
-        diagonal += percdamp * diagonal.mean()
+        damped = damped_hessian(hessian.to(dtype), percdamp)
         if order is not None:
             damped = damped[order][:, order]
         # Reversing rows and columns turns the lower factor into an upper one: H = M Mᵀ with M upper
@@ -127,7 +133,7 @@ class HessianFactor:
                 f"(leading minor {failed_minor.item()} of {len(hessian)}). "
                 f"Raise percdamp, or calibrate on more tokens than in_features={len(hessian)}."
             )
-        del damped, diagonal  # before more of their size are made
+        del damped  # before more of their size are made
         inverse = torch.linalg.solve_triangular(
             lower, torch.eye(len(lower), dtype=dtype, device=lower.device), upper=False
         )

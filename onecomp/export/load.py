@@ -31,6 +31,7 @@ from onecomp.models.config import load_tokenizer
 from onecomp.models.source import ModelSource, download_model
 from onecomp.quantizer.dbf.layer import DoubleBinaryLinear
 from onecomp.quantizer.gptq.layer import GPTQLinear
+from onecomp.quantizer.onebit.layer import OnebitLinear
 from onecomp.quantizer.quant_linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,11 @@ T = TypeVar("T")
 DeviceMap = str | Mapping[str, int | str | torch.device] | None
 
 
-LAYERS: dict[str, type[QuantLinear]] = {"dbf": DoubleBinaryLinear, "gptq": GPTQLinear}
+LAYERS: dict[str, type[QuantLinear]] = {
+    "dbf": DoubleBinaryLinear,
+    "gptq": GPTQLinear,
+    "onebit": OnebitLinear,
+}
 """Method of a layer -> the layer that its tensors are of."""
 
 CODE_TENSORS = frozenset().union(*(layer.code_tensors for layer in LAYERS.values()))

@@ -4,7 +4,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import singledispatch
 
 from onecomp.errors import ConfigError
-from onecomp.quantizer import ARB, CQ, DBF, GPTQ, QUIP, RTN, AutoBitQuantizer, JointQ, Quantizer
+from onecomp.quantizer import (
+    ARB,
+    CQ,
+    DBF,
+    GPTQ,
+    QBB,
+    QUIP,
+    RTN,
+    AutoBitQuantizer,
+    JointQ,
+    Onebit,
+    Quantizer,
+)
 from onecomp.quantizer.grid import GridSearch
 
 TRIED_SHARE = 0.8
@@ -146,3 +158,13 @@ def _(quantizer: JointQ) -> MethodShape:
 @method_shape.register
 def _(quantizer: CQ | ARB) -> MethodShape:
     return _rated(quantizer, 1, None)
+
+
+@method_shape.register
+def _(quantizer: QBB) -> MethodShape:
+    return _rated(quantizer, quantizer.wbits, None)
+
+
+@method_shape.register
+def _(quantizer: Onebit) -> MethodShape:
+    return _rated(quantizer, 1, "onebit")

@@ -14,6 +14,10 @@ from onecomp.quantizer.gptq import GPTQ as GPTQ
 from onecomp.quantizer.gptq import GPTQResult as GPTQResult
 from onecomp.quantizer.jointq import JointQ as JointQ
 from onecomp.quantizer.jointq import JointQResult as JointQResult
+from onecomp.quantizer.onebit import Onebit as Onebit
+from onecomp.quantizer.onebit import OnebitResult as OnebitResult
+from onecomp.quantizer.qbb import QBB as QBB
+from onecomp.quantizer.qbb import QBBResult as QBBResult
 from onecomp.quantizer.quip import QUIP as QUIP
 from onecomp.quantizer.quip import QUIPResult as QUIPResult
 from onecomp.quantizer.result import QuantizationResult as QuantizationResult

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onecomp.errors import InputError
+from onecomp.export.bits import num_bytes, pack_bits, unpack_bits
 from onecomp.export.quant_config import LayerFormat
-from onecomp.quantizer.dbf.bits import num_bytes, pack_signs, unpack_signs
 from onecomp.quantizer.dbf.rank import rank_of
 from onecomp.quantizer.dbf.result import DBFResult, product
 from onecomp.quantizer.inference import inference_layer
@@ -66,9 +66,9 @@ class DoubleBinaryLinear(QuantLinear):
         """
         state = {
             "scaling0": result.factor("dbf_Db"),
-            "bp1": pack_signs(result.right_signs()),
+            "bp1": pack_bits(result.right_signs()),
             "scaling2": result.factor("dbf_mid"),
-            "bp3": pack_signs(result.left_signs()),
+            "bp3": pack_bits(result.left_signs()),
             "scaling4": result.factor("dbf_Da"),
         }
         if linear.bias is not None:
@@ -129,11 +129,11 @@ class DoubleBinaryLinear(QuantLinear):
 
     def left_signs(self) -> Float[Tensor, "out rank"]:
         """``A``, unpacked."""
-        return unpack_signs(self.bp3, (self.out_features, self.rank))
+        return unpack_bits(self.bp3, (self.out_features, self.rank))
 
     def right_signs(self) -> Float[Tensor, "rank in"]:
         """``B``, unpacked."""
-        return unpack_signs(self.bp1, (self.rank, self.in_features))
+        return unpack_bits(self.bp1, (self.rank, self.in_features))
 
     def tunable_parameters(self) -> Iterator[nn.Parameter]:
         """The three scales."""

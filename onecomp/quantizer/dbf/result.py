@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from onecomp.quantizer.dbf.bits import pack_signs, unpack_signs
+from onecomp.export.bits import pack_bits, unpack_bits
 from onecomp.quantizer.result import QuantizationResult
 
 
@@ -97,7 +97,7 @@ def product(
 
 def packed_signs(values: Float[Tensor, "rows columns"]) -> Tensor:
     """Signs as the CPU keeps them."""
-    return pack_signs(values).cpu()
+    return pack_bits(values).cpu()
 
 
 def _signs(stored: Tensor, is_packed: bool, shape: list[int] | None) -> Tensor:
@@ -106,4 +106,4 @@ def _signs(stored: Tensor, is_packed: bool, shape: list[int] | None) -> Tensor:
     if shape is None:
         raise IncompleteResultError("shape of its packed signs")
     rows, columns = shape
-    return unpack_signs(stored, (rows, columns))
+    return unpack_bits(stored, (rows, columns))

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onecomp.errors import InputError
+from onecomp.export.bits import pack_bits
 from onecomp.export.quant_config import dbf_format
 from onecomp.quantizer.dbf import DBFResult, DoubleBinaryLinear
-from onecomp.quantizer.dbf.bits import num_bytes, pack_signs, unpack_signs
 from onecomp.quantizer.inference import inference_layer
 
 OUT, RANK, IN = 12, 5, 9
@@ -26,28 +26,15 @@ def random_result(*, packed: bool) -> DBFResult:
         target_bits=BITS,
         is_dbf_quantized=True,
         dbf_Da=(draw(OUT, seed=2).abs() + 0.1).half(),
-        dbf_A=pack_signs(left) if packed else left.half(),
+        dbf_A=pack_bits(left) if packed else left.half(),
         dbf_mid=(draw(RANK, seed=3).abs() + 0.1).half(),
-        dbf_B=pack_signs(right) if packed else right.half(),
+        dbf_B=pack_bits(right) if packed else right.half(),
         dbf_Db=(draw(IN, seed=4).abs() + 0.1).half(),
         dbf_A_is_packed=packed,
         dbf_B_is_packed=packed,
         dbf_A_original_shape=[OUT, RANK] if packed else None,
         dbf_B_original_shape=[RANK, IN] if packed else None,
     )
-
-
-def test_bits_are_packed_row_by_row_from_the_highest_and_filled_with_ones():
-    values = torch.tensor([[0.0, -1.0, -0.5, 2.0, 1.0], [-3.0, 1.0, 1.0, -1.0, 1.0]])
-    assert pack_signs(values).tolist() == [0b10011_011, 0b01_111111]
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 8), (5, 7), (16, 3)])
-def test_unpacking_is_the_inverse_of_packing(shape):
-    values = draw(*shape).sign()
-    packed = pack_signs(values)
-    assert len(packed) == num_bytes(values.numel())
-    assert torch.equal(unpack_signs(packed, shape), values)
 
 
 @pytest.mark.parametrize("packed", [True, False])

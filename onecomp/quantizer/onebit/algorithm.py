@@ -1,0 +1,247 @@
+"""OneBit: a weight as a matrix of signs between a scale per row and a scale per column.
+
+``Ŵ = diag(row_scale) S diag(column_scale)``, Xu et al., 2024, "OneBit: Towards Extremely Low-bit
+Large Language Models" (arXiv:2402.11295). The paper takes ``S = sign(W)`` and the scales from the
+leading singular pair of ``|W|`` (section 3.3), and trains from there. Here that is the start of a
+search for the least output error ``tr((W - Ŵ) H (W - Ŵ)ᵀ)``: signs are chosen anew with
+compensation, then scales are fitted by least squares and single signs turned, in turns.
+
+Signs and weights are transposed (``in out``), as in ``binary``, which the search for signs is in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from onecomp.linalg import HessianFactor, quadratic_form
+from onecomp.quantizer.binary import compensated, turned
+from onecomp.quantizer.binary_levels import Binary, Levels, in_float16
+
+POWER_STEPS = 50
+"""Of the power iteration, which starts from ones: a matrix of magnitudes is close to rank one."""
+SMALLEST_SHARE = 1e-6
+"""Of the mean: a column's importance and scale are never less, so that dividing by them is safe."""
+RIDGE = 1e-3
+"""Of each diagonal entry, in the equations of the column scales."""
+ENOUGH = 2e-3
+"""The search ends when a round lowers the error by less than this part of it."""
+
+
+@dataclass(frozen=True)
+class OneBit:
+    """Signs and scales of a weight."""
+
+    row_scale: Float[Tensor, "out"]
+    column_scale: Float[Tensor, "in"]
+    """Positive."""
+    signs: Float[Tensor, "in out"]
+    """+1 and -1."""
+
+    def columns(self) -> Float[Tensor, "in out"]:
+        """The transposed weight."""
+        return self.signs * self.column_scale[:, None] * self.row_scale
+
+    def error(
+        self, columns: Float[Tensor, "in out"], hessian: Float[Tensor, "in in"]
+    ) -> Float[Tensor, ""]:
+        """Output error of all rows together."""
+        return quadratic_form(columns - self.columns(), hessian).sum()
+
+
+@dataclass(frozen=True)
+class ScaleStart:
+    """How the first scales are found: from ``|W|`` after its columns, and rows, are weighed."""
+
+    use_importance_scaling: bool = True
+    """Weigh columns by the root of the Hessian's diagonal."""
+    use_balancing: bool = True
+    """Bring rows and columns to equal sums first, so that no few of them decide."""
+    balance_iters: int = 40
+    balance_alpha: float = 1.0
+    """Sum of a balanced row. Scales only what is undone later."""
+
+    def scales(
+        self, weight: Float[Tensor, "out in"], importance: Float[Tensor, "in"]
+    ) -> tuple[Float[Tensor, "out"], Float[Tensor, "in"]]:
+        """Row and column scales for the weight itself, all weighing undone on them."""
+        magnitudes, row_weight = weight.abs(), weight.new_ones(len(weight))
+        column_weight = torch.ones_like(importance)
+        if self.use_importance_scaling:
+            column_weight = importance.clamp(min=SMALLEST_SHARE * importance.mean()).sqrt()
+            magnitudes = magnitudes * column_weight
+        if self.use_balancing:
+            rows, columns = balancing(magnitudes, self.balance_iters, self.balance_alpha)
+            magnitudes = rows[:, None] * magnitudes * columns
+            row_weight, column_weight = rows, column_weight * columns
+        row_scale, column_scale = leading_pair(magnitudes)
+        return row_scale / row_weight, column_scale / column_weight
+
+
+def leading_pair(
+    magnitudes: Float[Tensor, "out in"],
+) -> tuple[Float[Tensor, "out"], Float[Tensor, "in"]]:
+    """``row`` and ``column`` whose product is the best approximation of rank one; not negative.
+
+    Deterministic: the leading pair of a matrix without negative entries has none, so a power
+    iteration from ones finds it.
+    """
+    column = magnitudes.new_ones(magnitudes.shape[1])
+    row = magnitudes.new_zeros(len(magnitudes))
+    for _ in range(POWER_STEPS):
+        row = magnitudes @ column
+        row /= row.norm().clamp_(min=torch.finfo(row.dtype).tiny)
+        column = magnitudes.T @ row
+    return row, column
+
+
+def balancing(
+    magnitudes: Float[Tensor, "out in"], num_rounds: int, row_sum: float
+) -> tuple[Float[Tensor, "out"], Float[Tensor, "in"]]:
+    """Factors of rows and columns after which rows have equal sums, and columns, too.
+
+    Sinkhorn's algorithm. Rows and columns of zeros keep a factor that is finite.
+
+    Args:
+        magnitudes: Not negative.
+        num_rounds: Rounds of rows, then columns.
+        row_sum: Sum of a row; that of a column follows.
+    """
+    out_features, in_features = magnitudes.shape
+    column_sum = row_sum * out_features / in_features
+    rows, columns = magnitudes.new_ones(out_features), magnitudes.new_ones(in_features)
+    for _ in range(num_rounds):
+        rows = row_sum / _positive(magnitudes @ columns)
+        columns = column_sum / _positive(magnitudes.T @ rows)
+    return rows, columns
+
+
+def _positive(values: Float[Tensor, "_"]) -> Float[Tensor, "_"]:
+    least = SMALLEST_SHARE * values.mean()
+    return values.clamp(min=least.clamp_(min=torch.finfo(values.dtype).tiny))
+
+
+def sign_start(weight: Float[Tensor, "out in"], scales: tuple[Tensor, Tensor]) -> OneBit:
+    """The weight's own signs between scales; of the scales, columns' are about one."""
+    row_scale, column_scale = scales
+    mean = column_scale.mean().clamp(min=torch.finfo(column_scale.dtype).tiny)
+    signs = torch.where(weight < 0, -1.0, 1.0).T.contiguous()
+    least = torch.tensor(SMALLEST_SHARE, device=weight.device)
+    return OneBit(row_scale * mean, (column_scale / mean).clamp_(min=least), signs)
+
+
+def sign_mean(weight: Float[Tensor, "out in"]) -> OneBit:
+    """The weight's own signs times its rows' mean magnitudes, column scales of one."""
+    return OneBit(
+        in_float16(weight.abs().mean(dim=1)),
+        weight.new_ones(weight.shape[1]),
+        torch.where(weight < 0, -1.0, 1.0).T.contiguous(),
+    )
+
+
+def with_compensated_signs(
+    columns: Float[Tensor, "in out"], start: OneBit, factor: HessianFactor
+) -> OneBit:
+    """Signs chosen column by column, the columns to come making up for each error.
+
+    Dividing columns by their scales makes the rows ones of two levels; the factor is scaled alike.
+    """
+    scale = start.column_scale
+    scaled = HessianFactor(
+        factor.order, factor.upper / factor.permuted(scale[None]), factor.percdamp
+    )
+    binary = compensated(columns / scale[:, None], _levels(start.row_scale), scaled)
+    return replace(start, signs=binary.signs)
+
+
+def with_turned_signs(
+    columns: Float[Tensor, "in out"], found: OneBit, hessian: Float[Tensor, "in in"]
+) -> OneBit:
+    """Go through the columns once and turn every sign for which that lowers the error."""
+    scale = found.column_scale
+    binary = Binary(found.signs, _levels(found.row_scale))
+    scaled = scale[:, None] * hessian * scale
+    return replace(found, signs=turned(columns / scale[:, None], binary, scaled)[0].signs)
+
+
+def _levels(row_scale: Float[Tensor, "out"]) -> Levels:
+    return Levels(torch.zeros_like(row_scale)[None], row_scale[None])
+
+
+def with_fitted_rows(
+    columns: Float[Tensor, "in out"], found: OneBit, hessian: Float[Tensor, "in in"]
+) -> OneBit:
+    """Row scales of least error for signs and column scales as they are: one division a row."""
+    signed = found.signs * found.column_scale[:, None]
+    product = hessian @ signed
+    energy = (product * signed).sum(dim=0).clamp_(min=torch.finfo(product.dtype).tiny)
+    fitted = product.mul_(columns).sum(dim=0) / energy
+    turn = torch.where(fitted < 0, -1.0, 1.0)
+    return replace(found, row_scale=fitted * turn, signs=found.signs * turn)
+
+
+def with_fitted_columns(
+    columns: Float[Tensor, "in out"], found: OneBit, hessian: Float[Tensor, "in in"]
+) -> OneBit:
+    """Column scales of least error for signs and row scales as they are.
+
+    The equations are ``(H ∘ Sᵀ diag(row_scale²) S) x = diag(Sᵀ diag(row_scale) W H)``, solved for
+    the step from the scales so far, with a small ridge. Unchanged where they have no solution.
+    """
+    signed = found.signs * found.row_scale
+    matrix = (signed @ signed.T).mul_(hessian)
+    rest = columns - found.columns()
+    right = (hessian @ rest).mul_(signed).sum(dim=1)
+    diagonal = matrix.diagonal()
+    unit = diagonal.clamp(min=SMALLEST_SHARE**2 * diagonal.mean()).rsqrt_()
+    matrix.mul_(unit[:, None]).mul_(unit).diagonal().add_(RIDGE)
+    lower, failed_minor = torch.linalg.cholesky_ex(matrix)
+    if failed_minor:
+        return found
+    step = torch.cholesky_solve((unit * right)[:, None], lower)[:, 0] * unit
+    scale = found.column_scale + step
+    turn = torch.where(scale < 0, -1.0, 1.0)
+    least = SMALLEST_SHARE * scale.abs().mean()
+    return replace(
+        found, column_scale=(scale * turn).clamp(min=least), signs=found.signs * turn[:, None]
+    )
+
+
+def in_storable_scales(
+    columns: Float[Tensor, "in out"], found: OneBit, hessian: Float[Tensor, "in in"]
+) -> OneBit:
+    """Scales in numbers that float16 holds, rows fitted again to the rounded columns.
+
+    Raises:
+        QuantizationError: A scale above 65504.
+    """
+    mean = found.column_scale.mean()
+    rounded = replace(found, column_scale=in_float16(found.column_scale / mean))
+    fitted = with_fitted_rows(columns, rounded, hessian)
+    return replace(fitted, row_scale=in_float16(fitted.row_scale))
+
+
+def search(
+    columns: Float[Tensor, "in out"],
+    start: OneBit,
+    hessian: Float[Tensor, "in in"],
+    *,
+    num_rounds: int,
+) -> OneBit:
+    """Fit the scales and turn signs in turns; ends when a round hardly lowers the error."""
+    best, least = start, start.error(columns, hessian)
+    for found in _rounds(columns, start, hessian, num_rounds):
+        error = found.error(columns, hessian)
+        if not error < (1 - ENOUGH) * least:
+            return found if error < least else best
+        best, least = found, error
+    return best
+
+
+def _rounds(columns: Tensor, found: OneBit, hessian: Tensor, num_rounds: int) -> Iterator[OneBit]:
+    for _ in range(num_rounds):
+        found = with_fitted_columns(columns, with_fitted_rows(columns, found, hessian), hessian)
+        found = with_turned_signs(columns, found, hessian)
+        yield with_fitted_rows(columns, found, hessian)

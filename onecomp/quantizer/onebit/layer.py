@@ -1,0 +1,122 @@
+"""The layer that computes with signs and two vectors of scales, as the checkpoint holds them."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from onecomp.errors import InputError
+from onecomp.export.bits import unpack_bits
+from onecomp.export.quant_config import LayerFormat
+from onecomp.quantizer.inference import inference_layer
+from onecomp.quantizer.onebit.result import OnebitResult
+from onecomp.quantizer.quant_linear import QuantLinear
+
+TENSORS = ("a", "b", "sign_packed")
+
+
+class OnebitLinear(QuantLinear):
+    """Linear layer of signs between a scale per output and a scale per input.
+
+    The constructor leaves the tensors empty; layers are made from a result (``inference_layer``)
+    and by :meth:`from_checkpoint`.
+
+    Args:
+        in_features: Inputs.
+        out_features: Outputs.
+        bias: Whether there is a bias.
+        dtype: Type of the bias; scales are float16.
+        device: Where the empty tensors are; ``"meta"`` allocates nothing.
+    """
+
+    code_tensors = frozenset({"sign_packed"})
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        a, b = (
+            torch.empty(size, dtype=torch.float16, device=device)
+            for size in (out_features, in_features)
+        )
+        self.a, self.b = nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False)
+        num_bytes = math.ceil(out_features * in_features / 8)
+        packed = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.register_buffer("sign_packed", packed)
+        bias_values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", bias_values)
+
+    @classmethod
+    def from_checkpoint(
+        cls, state: Mapping[str, Tensor], stored: LayerFormat, name: str
+    ) -> "OnebitLinear":
+        """Layer around the tensors of a checkpoint, which are not copied.
+
+        Raises:
+            InputError: A tensor is missing, unexpected or of the wrong shape.
+        """
+        del stored  # one bit, and nothing else to know
+        missing, unexpected = set(TENSORS) - set(state), set(state) - {*TENSORS, "bias"}
+        for kind, tensors in (("missing", missing), ("unexpected", unexpected)):
+            if tensors:
+                raise InputError(
+                    name,
+                    f"tensor {kind} in the checkpoint: {', '.join(sorted(tensors))}. A OneBit "
+                    f"layer has {', '.join(TENSORS)} and at most a bias. Write it again.",
+                )
+        sizes = len(state["b"]), len(state["a"])
+        layer = cls(*sizes, bias="bias" in state, device="meta")
+        for tensor, expected in layer.state_dict().items():
+            if state[tensor].shape != expected.shape:
+                raise InputError(
+                    name,
+                    f"{tensor} has shape {tuple(state[tensor].shape)}, but "
+                    f"{tuple(expected.shape)} belongs to {sizes[1]} outputs and {sizes[0]} inputs.",
+                )
+        layer.load_state_dict(dict(state), assign=True)
+        return layer
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """``nn.Linear``'s result with the weight rounded to the type of ``x``."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.dequantize().to(x.dtype), bias)
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """The weight in float32, differentiable in both scales."""
+        signs = unpack_bits(self.sign_packed, (self.out_features, self.in_features))
+        return signs * self.b.float() * self.a.float()[:, None]
+
+    def tunable_parameters(self) -> Iterator[nn.Parameter]:
+        """The scales."""
+        yield self.a
+        yield self.b
+
+    def packed_state(self) -> dict[str, Tensor]:
+        """Tensors as they are held; scales in float16."""
+        state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        return {**state, "a": state["a"].half(), "b": state["b"].half()}
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the layer."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}"
+
+
+@inference_layer.register
+def _(result: OnebitResult, linear: nn.Linear, *, pack_weights: bool = True) -> OnebitLinear:
+    del pack_weights  # there is one layout
+    state = {name: result.tensors()[name] for name in TENSORS if name in result.tensors()}
+    if linear.bias is not None:
+        state["bias"] = linear.bias.detach().clone()
+    layer = OnebitLinear.from_checkpoint(state, LayerFormat("onebit", 1), "OnebitResult")
+    return layer if linear.weight.is_meta else layer.to(linear.weight.device)

@@ -1,0 +1,157 @@
+"""OneBit's settings, and how it treats layers that share an input."""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from onecomp.errors import QuantizationError
+from onecomp.export.bits import pack_bits
+from onecomp.export.quant_config import LayerFormat
+from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
+from onecomp.quantizer.checks import as_number, is_whole
+from onecomp.quantizer.factors import FactorKey, HessianFactors
+from onecomp.quantizer.from_weights import WeightQuantizer
+from onecomp.quantizer.onebit.algorithm import (
+    OneBit,
+    ScaleStart,
+    in_storable_scales,
+    search,
+    sign_mean,
+    sign_start,
+    with_compensated_signs,
+)
+from onecomp.quantizer.onebit.result import OnebitResult
+
+COLUMN_COST = 4_000_000
+"""Multiplications that take as long as the calls a column costs in a round, on a CPU."""
+PRODUCTS = 7
+"""Products of the weight and the Hessian in a round."""
+USUAL_ROUNDS = 6
+"""Rounds until the search ends by itself."""
+
+
+@dataclass
+class Onebit(WeightQuantizer):
+    """Signs between a scale per row and one per column (Xu et al., 2024, arXiv:2402.11295).
+
+    The paper's start, then a search under the Hessian, see ``algorithm``. Column scales are shared
+    by all rows, so layers are solved whole.
+
+    Example:
+        >>> Onebit().name
+        'Onebit'
+    """
+
+    flag_calibration: bool = True
+    flag_hessian: bool = True
+    iters: int = 10
+    """Most rounds of the search, which may end earlier by itself."""
+    use_importance_scaling: bool = True
+    """Weigh columns by the root of the Hessian's diagonal in the start."""
+    use_balancing: bool = True
+    """Bring rows and columns to equal sums in the start; undone on the scales."""
+    balance_iters: int = 40
+    """Rounds of balancing."""
+    balance_alpha: float = 1.0
+    """Sum of a balanced row; any value gives the same scales."""
+    _: KW_ONLY
+    percdamp: float = 0.1
+    """Damping of the Hessian that the search lowers the error under, a fraction of its mean
+    diagonal: keeps signs from being fitted to the chance of the calibration tokens."""
+    drift_ratio: float = 0.0
+    """Energy of what other quantized layers do to each input, relative to the input's own: the
+    search takes inputs to carry as much noise."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, one sentence each."""
+        problems = []
+        if not is_whole(self.iters, 1):
+            problems.append(f"iters={self.iters!r}: must be a whole number, at least 1.")
+        if self.use_balancing and not is_whole(self.balance_iters, 1):
+            problems.append(
+                f"balance_iters={self.balance_iters!r}: must be a whole number, at least 1."
+            )
+        if self.use_balancing and not as_number(self.balance_alpha) > 0:
+            problems.append(f"balance_alpha={self.balance_alpha!r}: must be above 0.")
+        if not as_number(self.percdamp) > 0:
+            problems.append(f"percdamp={self.percdamp!r}: must be above 0.")
+        if not as_number(self.drift_ratio) >= 0:
+            problems.append(f"drift_ratio={self.drift_ratio!r}: must be 0 or more.")
+        return problems
+
+    def factor_keys(self) -> tuple[FactorKey, ...]:
+        """A single one: columns that matter most are decided first."""
+        return (FactorKey(self.percdamp, by_activation=True),)
+
+    def solve_cost(self, num_rows: int, in_features: int) -> float:
+        """Calls by column, products, and the equations of the column scales."""
+        by_round = COLUMN_COST + in_features * (PRODUCTS * num_rows + in_features)
+        return float(in_features * by_round * min(self.iters, USUAL_ROUNDS))
+
+    def quantize_weights(
+        self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
+    ) -> dict[str, OnebitResult]:
+        """Quantize layers that share an input, each on its own."""
+        return {name: self._quantize(name, weight, factors) for name, weight in weights.items()}
+
+    def _quantize(
+        self, name: str, weight: Float[Tensor, "out in"], factors: HessianFactors
+    ) -> OnebitResult:
+        columns, plain = weight.T.contiguous(), sign_mean(weight)
+        try:
+            factor = factors.at(self.percdamp, by_activation=True)
+        except QuantizationError as error:
+            factors.fallbacks.append(f"sign times mean: {error}")
+            found = plain
+        else:
+            hessian = damped_hessian(factors.hessian, self.percdamp)
+            hessian.diagonal().mul_(1 + self.drift_ratio)
+            found = self._solve(columns, hessian, factor)
+        errors, plain_errors = (
+            quadratic_form(columns - part.columns(), factors.hessian) for part in (found, plain)
+        )
+        if plain_errors.sum() < errors.sum():
+            factors.rounded_rows += len(weight)
+            found, errors = plain, plain_errors
+        energy = quadratic_form(columns, factors.hessian)
+        factors.row_errors[name] = torch.stack([errors, energy])
+        return OnebitResult(
+            a=found.row_scale.to("cpu", torch.float16),
+            b=found.column_scale.to("cpu", torch.float16),
+            sign_packed=pack_bits(found.signs.T).cpu(),
+        )
+
+    def _solve(
+        self,
+        columns: Float[Tensor, "in out"],
+        hessian: Float[Tensor, "in in"],
+        factor: HessianFactor,
+    ) -> OneBit:
+        scales = ScaleStart(
+            use_importance_scaling=self.use_importance_scaling,
+            use_balancing=self.use_balancing,
+            balance_iters=self.balance_iters,
+            balance_alpha=self.balance_alpha,
+        ).scales(columns.T, hessian.diagonal())
+        start = with_compensated_signs(columns, sign_start(columns.T, scales), factor)
+        found = search(columns, start, hessian, num_rounds=self.iters)
+        return in_storable_scales(columns, found, hessian)
+
+    def layer_format(self, layer_name: str) -> LayerFormat:
+        """One bit; the tensors say everything else."""
+        return LayerFormat("onebit", 1)
+
+    def get_quant_config(self) -> dict:
+        """Top level of a OneBit checkpoint's ``quantization_config``."""
+        return {
+            "quant_method": "onebit",
+            "bits": 1,
+            "iters": self.iters,
+            "use_importance_scaling": self.use_importance_scaling,
+            "use_balancing": self.use_balancing,
+            "balance_iters": self.balance_iters,
+            "balance_alpha": self.balance_alpha,
+        }

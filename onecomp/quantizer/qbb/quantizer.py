@@ -1,0 +1,195 @@
+"""QBB's settings, and how it treats layers that share an input."""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from onecomp.errors import QuantizationError
+from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
+from onecomp.quantizer.checks import as_number, is_group_size, is_whole
+from onecomp.quantizer.factors import FactorKey, HessianFactors
+from onecomp.quantizer.from_weights import WeightQuantizer
+from onecomp.quantizer.qbb.algorithm import (
+    Bases,
+    compensated,
+    descend,
+    even_levels,
+    fitted_levels,
+    start_levels,
+    with_one_more,
+)
+from onecomp.quantizer.qbb.result import QBBResult
+
+STE_TYPES = ("clipped", "identity", "tanh")
+COLUMN_COST = 12_000_000
+"""Multiplications that take as long as the calls a column costs in all rounds, on a CPU."""
+USUAL_ROUNDS = 6
+"""Rounds until the search ends by itself."""
+
+
+@dataclass
+class QBB(WeightQuantizer):
+    """A sum of sign matrices with a scale each for every row (Bulat et al., 2024, NeurIPS 2024).
+
+    The paper learns signs by gradients through a straight-through estimator. Here they are found by
+    exact moves under the Hessian, see ``algorithm``: at the documented rate of learning a gradient
+    moves no sign at all (1000 steps of Adam at 1e-4 add up to 0.1, a sign is 1 away from turning),
+    while one round of the search gives every weight the best of all its levels. ``lr`` and
+    ``ste_type`` are therefore kept and checked, and have no effect.
+
+    There is no checkpoint format of its own: save the dequantized model.
+
+    Example:
+        >>> QBB(wbits=2).name
+        'QBB_2bit'
+    """
+
+    row_separable: ClassVar[bool] = True
+    flag_calibration: bool = True
+    flag_hessian: bool = True
+    wbits: int = 4
+    """Sign matrices, 1 to 8: the bits of a weight."""
+    iters_per_basis: int = 1000
+    """Most rounds of the search for each sign matrix; it ends by itself after some five."""
+    lr: float = 1e-4
+    """Without effect."""
+    ste_type: str = "clipped"
+    """Without effect: ``clipped``, ``identity`` or ``tanh``."""
+    use_progressive_quantization: bool = False
+    """Search with ``progressive_bits`` sign matrices first, and add the others one by one to what
+    is left; otherwise all are searched together from the start."""
+    progressive_bits: int = 2
+    """Sign matrices to begin with, up to ``wbits``."""
+    _: KW_ONLY
+    groupsize: int = -1
+    """Columns that share scales, a divisor of ``in_features``; -1 for a whole row."""
+    percdamp: float = 0.1
+    """Damping of the Hessian that the search lowers the error under, a fraction of its mean
+    diagonal: keeps signs from being fitted to the chance of the calibration tokens."""
+    drift_ratio: float = 0.0
+    """Energy of what other quantized layers do to each input, relative to the input's own: the
+    search takes inputs to carry as much noise."""
+
+    def default_name(self) -> str:
+        """Name from bits and group size."""
+        groups = "" if self.groupsize == -1 else f"_gs{self.groupsize}"
+        return f"QBB_{self.wbits}bit{groups}"
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, one sentence each."""
+        problems = []
+        if not is_whole(self.wbits, 1, 8):
+            problems.append(f"wbits={self.wbits!r}: must be a whole number from 1 to 8.")
+        if not is_whole(self.iters_per_basis, 1):
+            problems.append(
+                f"iters_per_basis={self.iters_per_basis!r}: must be a whole number, at least 1."
+            )
+        if not as_number(self.lr) > 0:
+            problems.append(f"lr={self.lr!r}: must be above 0.")
+        if self.ste_type not in STE_TYPES:
+            problems.append(f"ste_type={self.ste_type!r}: must be {', '.join(STE_TYPES)}.")
+        if self.use_progressive_quantization and not is_whole(
+            self.progressive_bits, 1, self.wbits if is_whole(self.wbits, 1) else None
+        ):
+            problems.append(
+                f"progressive_bits={self.progressive_bits!r}: must be a whole number from 1 to "
+                f"wbits={self.wbits!r}."
+            )
+        if not is_group_size(self.groupsize):
+            problems.append(f"groupsize={self.groupsize!r}: must be -1 or at least 1.")
+        if not as_number(self.percdamp) > 0:
+            problems.append(f"percdamp={self.percdamp!r}: must be above 0.")
+        if not as_number(self.drift_ratio) >= 0:
+            problems.append(f"drift_ratio={self.drift_ratio!r}: must be 0 or more.")
+        return problems
+
+    def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
+        """Group sizes have to divide ``in_features``."""
+        if self.groupsize == -1 or in_features % self.groupsize == 0:
+            return []
+        return [
+            f"groupsize={self.groupsize} must divide in_features, but {layer_name} has "
+            f"in_features={in_features} ({in_features} % {self.groupsize} = "
+            f"{in_features % self.groupsize}). Use a divisor, or exclude the layer with "
+            "exclude_layer_names."
+        ]
+
+    def factor_keys(self) -> tuple[FactorKey, ...]:
+        """A single one: columns that matter most are decided first."""
+        return (FactorKey(self.percdamp, by_activation=True),)
+
+    def solve_cost(self, num_rows: int, in_features: int) -> float:
+        """Calls by column, and the products of each round."""
+        products = min(USUAL_ROUNDS, self.iters_per_basis) * (self.wbits + 3)
+        return float(in_features * (COLUMN_COST + products * num_rows * in_features))
+
+    def quantize_weights(
+        self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
+    ) -> dict[str, QBBResult]:
+        """Quantize layers that share an input; their rows are solved together."""
+        columns = torch.cat(list(weights.values())).T.contiguous()
+        plain = even_levels(columns, **self._counts(columns)).rounded(columns)
+        try:
+            factor = factors.at(self.percdamp, by_activation=True)
+        except QuantizationError as error:
+            factors.fallbacks.append(f"round to nearest: {error}")
+            found = plain
+        else:
+            hessian = damped_hessian(factors.hessian, self.percdamp)
+            hessian.diagonal().mul_(1 + self.drift_ratio)
+            found = self._solve(columns, hessian, factor)
+        bases, errors = _no_worse(found, plain, columns, factors)
+        sizes = [len(weight) for weight in weights.values()]
+        codes = bases.codes.T.cpu().split(sizes)
+        alpha = bases.levels.alpha.permute(2, 0, 1).to("cpu", torch.float16).split(sizes)
+        factors.row_errors.update(zip(weights, errors.split(sizes, dim=1), strict=True))
+        return {
+            name: QBBResult(
+                wbits=self.wbits,
+                groupsize=self.groupsize,
+                codes=codes[i].contiguous(),
+                alpha=alpha[i].contiguous(),
+            )
+            for i, name in enumerate(weights)
+        }
+
+    def _counts(self, columns: Float[Tensor, "in out"]) -> dict[str, int]:
+        groups = 1 if self.groupsize == -1 else len(columns) // self.groupsize
+        return {"num_bases": self.wbits, "num_groups": groups}
+
+    def _solve(
+        self,
+        columns: Float[Tensor, "in out"],
+        hessian: Float[Tensor, "in in"],
+        factor: HessianFactor,
+    ) -> Bases:
+        importance, counts = hessian.diagonal(), self._counts(columns)
+        first = self.progressive_bits if self.use_progressive_quantization else self.wbits
+        levels = start_levels(columns, importance, **{**counts, "num_bases": first})
+        bases = compensated(columns, levels, factor)
+        bases = descend(columns, bases, hessian, num_rounds=self.iters_per_basis * first)
+        for _ in range(self.wbits - first):
+            added = with_one_more(columns, bases, importance)
+            levels = fitted_levels(columns, added.levels, importance)
+            afresh = compensated(columns, levels, factor)
+            better = afresh.errors(columns, hessian) < added.errors(columns, hessian)
+            bases = added.replace_rows(better, afresh)
+            bases = descend(columns, bases, hessian, num_rounds=self.iters_per_basis)
+        return bases
+
+
+def _no_worse(
+    found: Bases, plain: Bases, columns: Float[Tensor, "in out"], factors: HessianFactors
+) -> tuple[Bases, Float[Tensor, "2 out"]]:
+    """Best of solved rows and plain ones, and each row's output error and output energy."""
+    solved, rounded = (part.errors(columns, factors.hessian) for part in (found, plain))
+    worse = rounded < solved
+    if worse.any():
+        factors.rounded_rows += int(worse.sum())
+        found = found.replace_rows(worse, plain)
+    energy = quadratic_form(columns, factors.hessian)
+    return found, torch.stack([torch.minimum(solved, rounded), energy])
