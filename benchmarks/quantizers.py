@@ -21,7 +21,23 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from onecomp import GPTQ, RTN, CalibrationConfig, LocalExecutor, ModelConfig, QEPConfig, Quantizer
+from onecomp import (
+    ARB,
+    CQ,
+    DBF,
+    GPTQ,
+    QBB,
+    QUIP,
+    RTN,
+    AutoBitQuantizer,
+    CalibrationConfig,
+    JointQ,
+    LocalExecutor,
+    ModelConfig,
+    Onebit,
+    QEPConfig,
+    Quantizer,
+)
 from onecomp.evaluation.perplexity import perplexity_of_tokens
 from onecomp.export.checkpoint import METADATA, read_header
 from onecomp.export.save import has_format
@@ -118,7 +134,20 @@ def settings() -> Iterator[Setting]:
         yield Setting(f"RTN {wbits} bits g64", RTN(wbits=wbits, groupsize=64))
         yield Setting(f"GPTQ {wbits} bits g64", GPTQ(wbits=wbits, groupsize=64))
         yield Setting(f"GPTQ {wbits} bits g64 all", GPTQ(wbits=wbits, groupsize=64, **ALL))
-    yield Setting("GPTQ 4 bits all", GPTQ(wbits=4, **ALL))
+        yield Setting(f"JointQ {wbits} bits g64 sym", JointQ(wbits, symmetric=True, group_size=64))
+        yield Setting(f"GPTQ {wbits} bits row all", GPTQ(wbits=wbits, **ALL))
+        yield Setting(f"QUIP {wbits} bits row", QUIP(wbits=wbits))
+        yield Setting(f"QBB {wbits} bases row", QBB(wbits=wbits))
+    for target in (4.0, 3.0):
+        candidates = [GPTQ(wbits=wbits, groupsize=64, **ALL) for wbits in (2, 3, 4, 8)]
+        autobit = AutoBitQuantizer(candidates, target_bit=target)
+        yield Setting(f"AutoBit {target:g} bits g64", autobit)
+    for bits in (2.0, 1.4, 1.2, 1.0, 0.8):
+        yield Setting(f"DBF {bits:g} bits", DBF(target_bits=bits))
+    yield Setting("1 bit Onebit", Onebit())
+    yield Setting("1 bit ARB", ARB())
+    yield Setting("1 bit CQ", CQ())
+    yield Setting("1 bit QBB", QBB(wbits=1))
 
 
 def calibration(task: Task, folder: Path) -> CalibrationConfig:
