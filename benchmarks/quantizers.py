@@ -134,13 +134,15 @@ def settings() -> Iterator[Setting]:
         yield Setting(f"RTN {wbits} bits g64", RTN(wbits=wbits, groupsize=64))
         yield Setting(f"GPTQ {wbits} bits g64", GPTQ(wbits=wbits, groupsize=64))
         yield Setting(f"GPTQ {wbits} bits g64 all", GPTQ(wbits=wbits, groupsize=64, **ALL))
-        yield Setting(f"JointQ {wbits} bits g64 sym", JointQ(wbits, symmetric=True, group_size=64))
+        yield Setting(
+            f"JointQ {wbits} bits g64 sym", JointQ(bits=wbits, symmetric=True, group_size=64)
+        )
         yield Setting(f"GPTQ {wbits} bits row all", GPTQ(wbits=wbits, **ALL))
         yield Setting(f"QUIP {wbits} bits row", QUIP(wbits=wbits))
         yield Setting(f"QBB {wbits} bases row", QBB(wbits=wbits))
     for target in (4.0, 3.0):
         candidates = [GPTQ(wbits=wbits, groupsize=64, **ALL) for wbits in (2, 3, 4, 8)]
-        autobit = AutoBitQuantizer(candidates, target_bit=target)
+        autobit = AutoBitQuantizer(quantizers=candidates, target_bit=target)
         yield Setting(f"AutoBit {target:g} bits g64", autobit)
     for bits in (2.0, 1.4, 1.2, 1.0, 0.8):
         yield Setting(f"DBF {bits:g} bits", DBF(target_bits=bits))

@@ -162,7 +162,7 @@ def _dbf(options: JobOptions, groupsize: int) -> Quantizer:
 def _autobit(options: JobOptions, groupsize: int) -> Quantizer:
     target = USUAL_WBITS if options.target_bits is None else options.target_bits
     candidates = [_gptq(replace(options, wbits=wbits), groupsize) for wbits in AUTOBIT_WBITS]
-    return AutoBitQuantizer(candidates, target_bit=float(target))
+    return AutoBitQuantizer(quantizers=candidates, target_bit=float(target))
 
 
 METHODS: Mapping[str, Method] = {
