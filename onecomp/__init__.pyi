@@ -36,6 +36,7 @@ from .quantizer import GPTQResult as GPTQResult
 from .quantizer import JointQ as JointQ
 from .quantizer import JointQResult as JointQResult
 from .quantizer import Onebit as Onebit
+from .quantizer import OnebitLinear as OnebitLinear
 from .quantizer import OnebitResult as OnebitResult
 from .quantizer import QBBResult as QBBResult
 from .quantizer import QuantizationResult as QuantizationResult

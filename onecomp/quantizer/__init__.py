@@ -15,6 +15,7 @@ from onecomp.quantizer.gptq import GPTQResult as GPTQResult
 from onecomp.quantizer.jointq import JointQ as JointQ
 from onecomp.quantizer.jointq import JointQResult as JointQResult
 from onecomp.quantizer.onebit import Onebit as Onebit
+from onecomp.quantizer.onebit import OnebitLinear as OnebitLinear
 from onecomp.quantizer.onebit import OnebitResult as OnebitResult
 from onecomp.quantizer.qbb import QBB as QBB
 from onecomp.quantizer.qbb import QBBResult as QBBResult

@@ -6,11 +6,19 @@ keyword-only, so that no documented call changes its meaning.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from documented import (
+    QUANTIZER,
+    REQUIRED,
+    Parameters,
+    default_of,
+    differences,
+    field_differences,
+)
 from tiny_models import tiny_model
 from torch import nn
 
@@ -19,28 +27,6 @@ from onecomp import quantizer as methods
 from onecomp.quantizer import gptq, rtn
 from onecomp.runner import Runner
 
-REQUIRED = inspect.Parameter.empty
-"""Stands for "no default"."""
-
-Parameters = dict[str, object]
-"""Documented parameters in their order, each with its default."""
-
-QUANTIZER: Parameters = {
-    "name": None,
-    "num_layers": None,
-    "calc_quant_error": False,
-    "include_layer_names": None,
-    "exclude_layer_names": ["lm_head"],
-    "include_layer_keywords": None,
-    "exclude_layer_keywords": None,
-    "target_layer_types": (nn.Linear,),
-    "hessian_dtype": torch.float32,
-    "module_to_name": {},
-    "results": {},
-    "flag_calibration": False,
-    "flag_hessian": False,
-    "flag_xtx": False,
-}
 RESULT: Parameters = {
     "dequantized_weight": None,
     "quantization_time": None,
@@ -151,8 +137,18 @@ ADDITIONS: dict[type, Parameters] = {
     onecomp.ModelConfig: {"trust_remote_code": False},
 }
 """Fields of our own whose default keeps a documented call what it is, or safe."""
+METHODS = ("ARB", "CQ", "DBF", "JointQ", "Onebit", "QBB", "QUIP")
+"""Their settings are in ``test_documented_methods``."""
 NAMES = {
     *DATACLASSES,
+    *METHODS,
+    *(f"{method}Result" for method in METHODS),
+    "AutoBitQuantizer",
+    "DoubleBinaryLinear",
+    "OnebitLinear",
+    "VRAMBitwidthEstimation",
+    "estimate_target_bitwidth",
+    "estimate_wbits_from_vram",
     "Runner",
     "setup_logger",
     "load_quantized_model",
@@ -310,39 +306,6 @@ CALLS: dict[str, tuple[Callable[..., object], Parameters]] = {
     },
     **{name: (getattr(onecomp, name), parameters) for name, parameters in FUNCTIONS.items()},
 }
-
-
-def differences(call: Callable[..., object], documented: Parameters) -> list[str]:
-    """What a documented call would find changed; a parameter may become optional."""
-    parameters = list(inspect.signature(call).parameters.values())
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
-    names = [parameter.name for parameter in positional]
-    found = []
-    if names != list(documented):
-        found.append(f"parameters {names}, documented {list(documented)}")
-    for parameter in positional:
-        default = documented.get(parameter.name, REQUIRED)
-        if default is not REQUIRED and parameter.default != default:
-            found.append(f"{parameter.name}={parameter.default!r}, documented {default!r}")
-    return found
-
-
-def default_of(field: Field) -> object:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return REQUIRED if field.default is MISSING else field.default
-
-
-def field_differences(cls: type, documented: Parameters) -> list[str]:
-    """Fields that are not the documented ones, or additions that take a position."""
-    found = {field.name: default_of(field) for field in fields(cls) if not field.kw_only}
-    if list(found) != list(documented):
-        return [f"fields {list(found)}, documented {list(documented)}"]
-    return [
-        f"{name}={found[name]!r}, documented {default!r}"
-        for name, default in documented.items()
-        if found[name] != default
-    ]
 
 
 @pytest.mark.parametrize("name", DATACLASSES)

@@ -1,7 +1,7 @@
 """AutoBit's settings: which candidates there are, and what all of them together may take."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar
 
 from jaxtyping import Float
@@ -74,6 +74,7 @@ class AutoBitQuantizer(WeightQuantizer):
     fused_groups: list[list[str]] = field(default_factory=lambda: [list(g) for g in FUSED_GROUPS])
     """Layers of one module, by the last part of their names, that get the same candidate."""
     enable_fused_groups: bool = True
+    _: KW_ONLY
     assignment: Assignment | None = None
     """Filled by the run before its first block."""
 
