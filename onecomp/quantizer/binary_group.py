@@ -29,9 +29,9 @@ NUM_COMPENSATIONS = 2
 the weights will carry."""
 PRODUCTS = 3
 """Products with the Hessian that a pass takes, about."""
-COLUMN_COST = 1_500_000
+COLUMN_COST = 300_000
 """Multiplications that take as long as the calls a column costs in one pass, measured on a CPU."""
-WEIGHT_COST = 4000
+WEIGHT_COST = 500
 """The same for a weight, beside its share in products."""
 
 LEAST_TILE = 256

@@ -42,7 +42,7 @@ class ARB(WeightQuantizer):
     """Columns that share scale and mean, a divisor of ``in_features``; -1 for a whole row."""
     percdamp: float = 0.05
     """Damping of the factor that errors are compensated with, a fraction of the mean diagonal."""
-    drift_ratio: float = 0.1
+    drift_ratio: float = 0.3
     """Energy of what other quantized layers do to each input, relative to the input's own."""
 
     def default_name(self) -> str:

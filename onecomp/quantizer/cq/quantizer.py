@@ -41,7 +41,7 @@ class CQ(WeightQuantizer):
     """Most rounds of turning codes and fitting means under the Hessian; 0 leaves the clusters."""
     percdamp: float = 0.05
     """Damping of the factor that errors are compensated with, a fraction of the mean diagonal."""
-    drift_ratio: float = 0.1
+    drift_ratio: float = 0.3
     """Energy of what other quantized layers do to each input, relative to the input's own."""
 
     @property
