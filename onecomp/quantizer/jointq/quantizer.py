@@ -31,9 +31,11 @@ ROWS_AT_ONCE = 1024
 """Rows that are solved together where memory matters; calls take too long on fewer."""
 MOST_ROWS = 1024
 """Rows that iterated local search takes by default."""
-COLUMN_COST, WEIGHT_COST = 10, 20_000
+COLUMN_COST, WEIGHT_COST = 15, 10_000
 """Multiplications of a product that take as long as a restart for one weight, by column and beside
 them; measured on a CPU."""
+CALLS_COST = 4_000_000
+"""The same for the calls that a column costs in a restart, however many rows there are."""
 LAMBDAS = (0.001, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
@@ -217,10 +219,11 @@ class JointQ(WeightQuantizer):
         return tuple(FactorKey(damping, by_activation) for damping in dampings)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
-        """Products and what is done to each weight, once for the starts and for each restart.
+        """Calls, products and work on each weight, once for the starts and for each restart.
 
-        Of rising strengths about half are tried; a round of iterated local search takes a third of
-        a restart for every clone.
+        Where one strength is enough, as for most rows of a model with ``fixed_lambda``. Of rising
+        strengths about half are tried; a round of iterated local search takes a third of a restart
+        for every clone.
         """
         rounds = self.num_restarts + 1.0
         if self.ils_enabled:
@@ -228,7 +231,9 @@ class JointQ(WeightQuantizer):
             rounds += self.ils_num_iterations * self.ils_num_clones * rows / num_rows / 3
         if self.lambda_mode == INCREMENTAL:
             rounds *= max(1.0, len(self.lambda_list) / 2)
-        return rounds * num_rows * in_features * (COLUMN_COST * in_features + WEIGHT_COST)
+        by_weight = COLUMN_COST * in_features + WEIGHT_COST
+        calls = -(-num_rows // ROWS_AT_ONCE) * CALLS_COST
+        return float(rounds * in_features * (num_rows * by_weight + calls))
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
