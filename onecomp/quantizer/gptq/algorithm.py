@@ -131,9 +131,14 @@ def gptq_quantize(
     """
     grids, unit_upper = _Grids(weight, factor, rule, importance, grid), factor.unit_upper
     with torch.inference_mode():  # many calls of little work: bookkeeping for autograd would show
-        live = factor.permuted(weight).T.clone(memory_format=torch.contiguous_format)
-        codes = _solve(live, unit_upper, grids, blocksize)
-    codes = _unpermuted(codes, factor) + grids.grid.zero_point[grids.group_of_column]
+        codes = _solve(
+            factor.permuted(weight).T.clone(memory_format=torch.contiguous_format),
+            unit_upper,
+            grids,
+            blocksize,
+        )
+    codes = _unpermuted(codes, factor)
+    codes = grids.grid.zero_point[grids.group_of_column].add_(codes)
     return Solution(codes, grids.grid, grids.group_of_column, None if rule.static else factor.order)
 
 

@@ -7,17 +7,16 @@ row at once, and both are repeated. Beyond the original there are sweeps over al
 scales, and GPTQ again on the scales found so far.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onecomp.quantizer.jointq.coordinate_search import (
     centre_codes,
     solve_scales,
-    store_scales,
     sweep_codes,
 )
 from onecomp.quantizer.jointq.local_search import search_groups
 from onecomp.quantizer.jointq.perturbation import Perturbation, perturb
-from onecomp.quantizer.jointq.problem import Problem, State
+from onecomp.quantizer.jointq.problem import Kept, Problem, State, storable
 from onecomp.quantizer.jointq.starts import GPTQStart
 
 SWEEPS = 2
@@ -35,9 +34,7 @@ class Effort:
     perturbation: Perturbation | None = None
 
 
-def jointq_quantize(
-    problem: Problem, start: State, gptq: GPTQStart | None, effort: Effort
-) -> State:
+def jointq_quantize(problem: Problem, start: Kept, gptq: GPTQStart | None, effort: Effort) -> Kept:
     """Codes and scales at least as good as those of the start, in every row.
 
     Args:
@@ -47,22 +44,32 @@ def jointq_quantize(
         effort: How much is tried.
 
     Returns:
-        A state whose scales are representable in float16.
+        A solution whose scales are representable in float16.
     """
-    best = start.copy()
-    _refine(problem, best)
+    state = start.state(problem)
+    start = replace(start, objective=state.objective())
+    _refine(problem, state)
+    best = Kept.of(state)
+    del state  # before another is there
     for _ in range(effort.num_restarts if gptq is not None else 0):
         again = gptq.again(problem, best)
         _refine(problem, again)
-        best.improve_by(again)
+        best.improve_by(Kept.of(again))
+        del again
     if effort.perturbation is not None:
-        perturb(problem, best, effort.perturbation)
-    store_scales(problem, best)
-    for _ in range(FINAL_SWEEPS):
-        sweep_codes(problem, best)
-    stored = problem.state(best.steps, best.scale, best.zero_point)
+        state = best.state(problem)
+        perturb(problem, state, effort.perturbation)
+        best = Kept.of(state)
+    stored = _swept(problem, replace(best, scale=storable(best.scale))).measured(problem)
     stored.improve_by(start)
     return stored
+
+
+def _swept(problem: Problem, kept: Kept) -> Kept:
+    state = kept.state(problem)
+    for _ in range(FINAL_SWEEPS):
+        sweep_codes(problem, state)
+    return Kept.of(state)
 
 
 def _refine(problem: Problem, state: State) -> None:

@@ -13,6 +13,8 @@ RIDGE = 1e-5
 """Added to the normal equations of the scales, whose diagonal is 1."""
 SYSTEM_ENTRIES = 1 << 22
 """Entries of normal equations that are built at once."""
+PARTS, LEAST_PART = 4, 64
+"""Parts in which rows get scales, to save memory, and rows that are no more cut."""
 
 
 def sweep_codes(problem: Problem, state: State) -> None:
@@ -48,7 +50,8 @@ def solve_scales(problem: Problem, state: State) -> None:
     Rows whose equations cannot be solved keep theirs, as do groups whose codes are all zero.
     """
     num_groups = len(state.scale)
-    width = max(1, SYSTEM_ENTRIES // num_groups**2)
+    part = max(LEAST_PART, -(-state.scale.shape[1] // PARTS))
+    width = max(1, min(part, SYSTEM_ENTRIES // num_groups**2))
     parts = zip(
         problem.by_group(state.steps).split(width, dim=2),
         problem.by_group(state.gradient).split(width, dim=2),
@@ -70,7 +73,7 @@ def _newton_step(
     diagonal = system.diagonal(dim1=1, dim2=2)
     is_set = diagonal > 0
     unit = torch.where(is_set, diagonal, 1.0).rsqrt()
-    system = system * unit[:, :, None] * unit[:, None, :]
+    system.mul_(unit[:, :, None]).mul_(unit[:, None, :])
     system.diagonal(dim1=1, dim2=2).copy_(torch.ones_like(unit)).add_(RIDGE)
     downhill = -(gradient * steps).sum(dim=1).T * unit * is_set
     lower, failed_minor = torch.linalg.cholesky_ex(system)
@@ -82,8 +85,10 @@ def _newton_step(
 def set_scales(problem: Problem, state: State, scale: Float[Tensor, "groups out"]) -> None:
     """Put other scales under the same codes; none may be zero, so such get the smallest."""
     state.scale = torch.where(scale.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scale)
-    state.error = state.steps * problem.per_column(state.scale) - problem.columns
-    state.gradient = problem.gram @ state.error
+    steps, error = problem.by_group(state.steps), problem.by_group(state.error)
+    torch.mul(steps, state.scale[:, None], out=error)
+    state.error -= problem.columns
+    torch.mm(problem.gram, state.error, out=state.gradient)
 
 
 def store_scales(problem: Problem, state: State) -> None:

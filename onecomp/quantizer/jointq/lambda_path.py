@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onecomp.linalg import quadratic_form
 from onecomp.quantizer.jointq.algorithm import Effort, jointq_quantize
-from onecomp.quantizer.jointq.problem import Problem, State
+from onecomp.quantizer.jointq.problem import Kept, Problem
 from onecomp.quantizer.jointq.starts import GPTQStart, Starts
 
 RELAXATION = (1.0, 0.1, 0.0)
@@ -101,8 +101,8 @@ class Rising(LambdaPath):
 class RowSolver:
     """Solves rows with any strength of regularization."""
 
-    problem_at: Callable[[float], Problem]
-    """The problem with a strength."""
+    problem_at: Callable[[Tensor, float], Problem]
+    """The problem of columns ``(in, some)`` of the weight with a strength."""
     hessian: Float[Tensor, "in in"]
     """Without regularization, in the order of the problem's columns."""
     starts: Starts
@@ -110,33 +110,41 @@ class RowSolver:
     """What solves again with a strength."""
     effort: Effort
 
-    def along(self, path: LambdaPath) -> tuple[State, Float[Tensor, "out"]]:
+    def along(
+        self, columns: Float[Tensor, "in out"], path: LambdaPath
+    ) -> tuple[Kept, Float[Tensor, "out"]]:
         """The solution of every row, and the strength that it took last."""
-        problem = self.problem_at(path.lambdas[0])
-        start = self.starts.best(self.problem_at(0.0)).within(problem)
-        state = self._solve(problem, start, path.lambdas[0])
-        taken = torch.full_like(state.error[0], path.lambdas[0])
-        found, begun = self._errors(state), self._errors(start)
-        energy = problem.columns.square().sum(dim=0)
+        problem = self.problem_at(columns, 0.0)
+        start = self.starts.best(problem)
+        begun = self._errors(problem, start)
+        del problem  # before another is there
+        kept, found = self._solve(columns, start, path.lambdas[0])
+        taken = torch.full_like(found[0], path.lambdas[0])
+        energy = columns.square().sum(dim=0)
         rows = torch.arange(len(taken), device=taken.device)
         for strength in path.lambdas[1:]:
-            rows = rows[path.goes_on(found[:, rows], begun[:, rows], energy[rows])]
+            going = path.goes_on(found[:, rows], begun[:, rows], energy[rows]).nonzero()[:, 0]
+            rows, columns = rows[going], columns.index_select(1, going)
             if not len(rows):
                 break
-            part = self.problem_at(strength).rows(rows)
-            warm = state.rows(rows).within(part)
-            warm.improve_by(start.rows(rows).within(part))
-            new = self._solve(part, warm, strength)
-            errors = self._errors(new)
-            kept = path.accepts(found[:, rows], errors, energy[rows]).nonzero()[:, 0]
-            rows = rows[kept]
-            state.put_rows(rows, new.rows(kept))
-            found[:, rows], taken[rows] = errors[:, kept], strength
-        return state, taken
+            problem = self.problem_at(columns, strength)
+            warm = kept.rows(rows).measured(problem)
+            warm.improve_by(start.rows(rows).measured(problem))
+            del problem
+            new, errors = self._solve(columns, warm, strength)
+            taking = path.accepts(found[:, rows], errors, energy[rows]).nonzero()[:, 0]
+            rows, columns = rows[taking], columns.index_select(1, taking)
+            kept.put_rows(rows, new.rows(taking))
+            found[:, rows], taken[rows] = errors[:, taking], strength
+        return kept, taken
 
-    def _solve(self, problem: Problem, start: State, strength: float) -> State:
-        return jointq_quantize(problem, start, self.gptq_at(strength), self.effort)
+    def _solve(
+        self, columns: Float[Tensor, "in _"], start: Kept, strength: float
+    ) -> tuple[Kept, Errors]:
+        problem = self.problem_at(columns, strength)
+        kept = jointq_quantize(problem, start, self.gptq_at(strength), self.effort)
+        return kept, self._errors(problem, kept)
 
-    def _errors(self, state: State) -> Errors:
-        output = quadratic_form(state.error, self.hessian)
-        return torch.stack([state.error.square().sum(dim=0), output])
+    def _errors(self, problem: Problem, kept: Kept) -> Errors:
+        error = kept.error(problem)
+        return torch.stack([error.square().sum(dim=0), quadratic_form(error, self.hessian)])

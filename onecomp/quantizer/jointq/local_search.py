@@ -17,6 +17,8 @@ from onecomp.quantizer.jointq.problem import Problem, State
 
 STEPS_AT_ONCE = 8
 """Steps between two looks at which rows are still improving."""
+PARTS, LEAST_PART = 8, 64
+"""Part of the weights that is searched at once, an n-th, and rows that are no more cut."""
 LEAST_GAIN = 1e-7
 """Of the energy that the codes explain: what float32 tells from nothing."""
 LEAST_ENERGY = 1e-3
@@ -27,18 +29,29 @@ def search_groups(problem: Problem, state: State) -> None:
     """Search each group in turn, its target being what the other groups leave."""
     for t, group in enumerate(problem.groups):
         old = state.steps[group] * state.scale[t]
-        steps, scale = search_group(
-            problem.gram[group, group],
-            state.steps[group],
-            state.scale[t],
-            state.gradient[group],
-            state.zero_point[t],
-            problem.maxq,
-        )
+        steps, scale = search_in_parts(problem, state, t, state.gradient[group])
         state.steps[group], state.scale[t] = steps, scale
         change = (steps * scale).sub_(old)
         state.error[group] += change
         state.gradient.addmm_(problem.gram[:, group], change)
+
+
+def search_in_parts(
+    problem: Problem, state: State, t: int, gradient: Float[Tensor, "columns out"]
+) -> tuple[Float[Tensor, "columns out"], Float[Tensor, "out"]]:
+    """``search_group`` for group ``t`` of a state, a part of its rows at a time to save memory."""
+    group = problem.groups[t]
+    width = max(LEAST_PART, problem.columns.numel() // (PARTS * problem.groupsize))
+    parts = zip(
+        state.steps[group].split(width, dim=1),
+        state.scale[t].split(width),
+        gradient.split(width, dim=1),
+        state.zero_point[t].split(width),
+        strict=True,
+    )
+    gram = problem.gram[group, group]
+    steps, scales = zip(*(search_group(gram, *part, problem.maxq) for part in parts), strict=True)
+    return torch.cat(steps, dim=1), torch.cat(scales)
 
 
 def search_group(

@@ -6,12 +6,13 @@ Columns are in the order in which they form groups: group ``t`` is columns ``t *
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int8
 from torch import Tensor
 
+from onecomp.linalg import quadratic_form
 from onecomp.quantizer.grid import LARGEST_SCALE, SMALLEST_SCALE, Grid, fit_grid, round_to_nearest
 
 LEAST_DAMPING = 1e-6
@@ -62,8 +63,15 @@ class Problem:
         zero_point: Float[Tensor, "groups out"],
     ) -> "State":
         """The state with these codes and scales, none of which is copied."""
-        error = steps * self.per_column(scale) - self.columns
+        error = self.error(steps, scale)
         return State(steps, scale, zero_point, error, self.gram @ error)
+
+    def error(
+        self, steps: Float[Tensor, "in out"], scale: Float[Tensor, "groups out"]
+    ) -> Float[Tensor, "in out"]:
+        """``scale * steps - columns``."""
+        scaled = self.by_group(steps) * scale[:, None]
+        return scaled.view_as(self.columns).sub_(self.columns)
 
 
 @dataclass
@@ -85,49 +93,88 @@ class State:
         """What is minimized, of every row; infinite where it is not a number."""
         return (self.error * self.gradient).sum(dim=0).nan_to_num_(nan=torch.inf)
 
-    def copy(self) -> "State":
-        """A state that may be written to while this one stays."""
-        return State(*(tensor.clone() for tensor in self._tensors()))
-
-    def replace_rows(self, rows: Bool[Tensor, "out"], other: "State") -> None:
-        """Take over those rows of another state where ``rows`` is true."""
-        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            torch.where(rows, theirs, mine, out=mine)
-
-    def improve_by(self, other: "State") -> Bool[Tensor, "out"]:
-        """Take over the rows of another state that have a lower objective; says which."""
-        better = other.objective() < self.objective()
-        self.replace_rows(better, other)
-        return better
+    def improve_by(self, other: "State") -> None:
+        """Take over the rows of another state that have a lower objective."""
+        _replace_rows(self._tensors(), other._tensors(), other.objective() < self.objective())
 
     def rows(self, chosen: Tensor) -> "State":
         """Copies of some rows, by number; a number may occur several times."""
         return State(*(tensor[:, chosen].contiguous() for tensor in self._tensors()))
-
-    def within(self, problem: Problem) -> "State":
-        """The same codes and scales, none of which is copied, in another problem."""
-        return problem.state(self.steps, self.scale, self.zero_point)
 
     def put_rows(self, chosen: Tensor, other: "State") -> None:
         """Write rows back to where ``rows`` took them from; each number once."""
         for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
             mine[:, chosen] = theirs
 
-    def split(self, sizes: list[int]) -> list["State"]:
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.steps, self.scale, self.zero_point, self.error, self.gradient
+
+
+@dataclass
+class Kept:
+    """A state put aside: a byte a weight instead of twelve."""
+
+    steps: Int8[Tensor, "in out"]
+    scale: Float[Tensor, "groups out"]
+    zero_point: Float[Tensor, "groups out"]
+    objective: Float[Tensor, "out"]
+    """In the problem in which it was last a state."""
+
+    @classmethod
+    def of(cls, state: State) -> "Kept":
+        """A copy."""
+        steps = state.steps.to(torch.int8)
+        return cls(steps, state.scale.clone(), state.zero_point.clone(), state.objective())
+
+    def state(self, problem: Problem) -> State:
+        """A state that may be written to, in any problem of the same shape."""
+        steps = self.steps.to(problem.columns.dtype)
+        return problem.state(steps, self.scale.clone(), self.zero_point.clone())
+
+    def error(self, problem: Problem) -> Float[Tensor, "in out"]:
+        """Of the weights."""
+        return problem.error(self.steps.to(problem.columns.dtype), self.scale)
+
+    def measured(self, problem: Problem) -> "Kept":
+        """The same, nothing copied, with its objective in a problem."""
+        objective = quadratic_form(self.error(problem), problem.gram)
+        return replace(self, objective=objective.nan_to_num_(nan=torch.inf))
+
+    def improve_by(self, other: "Kept") -> None:
+        """Take over the rows of another that have a lower objective."""
+        _replace_rows(self._tensors(), other._tensors(), other.objective < self.objective)
+
+    def rows(self, chosen: Tensor) -> "Kept":
+        """Copies of some rows, by number."""
+        return Kept(*(tensor[..., chosen] for tensor in self._tensors()))
+
+    def put_rows(self, chosen: Tensor, other: "Kept") -> None:
+        """Write rows back to where ``rows`` took them from; each number once."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine[..., chosen] = theirs
+
+    def split(self, sizes: list[int]) -> list["Kept"]:
         """Cut by rows, as views."""
-        parts = (tensor.split(sizes, dim=1) for tensor in self._tensors())
-        return [State(*tensors) for tensors in zip(*parts, strict=True)]
+        parts = (tensor.split(sizes, dim=-1) for tensor in self._tensors())
+        return [Kept(*tensors) for tensors in zip(*parts, strict=True)]
 
     @staticmethod
-    def join(parts: Sequence["State"]) -> "State":
+    def join(parts: Sequence["Kept"]) -> "Kept":
         """The inverse of ``split``."""
         if len(parts) == 1:
             return parts[0]
         tensors = zip(*(part._tensors() for part in parts), strict=True)
-        return State(*(torch.cat(same, dim=1) for same in tensors))
+        return Kept(*(torch.cat(same, dim=-1) for same in tensors))
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return self.steps, self.scale, self.zero_point, self.error, self.gradient
+        return self.steps, self.scale, self.zero_point, self.objective
+
+
+def _replace_rows(
+    mine: tuple[Tensor, ...], theirs: tuple[Tensor, ...], rows: Bool[Tensor, "out"]
+) -> None:
+    for old, new in zip(mine, theirs, strict=True):
+        torch.where(rows, new, old, out=old)
 
 
 def damped(hessian: Float[Tensor, "in in"], added: Float[Tensor, "in"]) -> Float[Tensor, "in in"]:
@@ -176,6 +223,6 @@ def nearest_state(problem: Problem) -> State:
 
 
 def state_on(problem: Problem, codes: Float[Tensor, "in out"], grid: Grid) -> State:
-    """The state with these codes 0..maxq on these grids."""
-    steps = codes - problem.per_column(grid.zero_point)
-    return problem.state(steps, grid.scale.clone(), grid.zero_point.clone())
+    """The state with these codes 0..maxq, which are used up, on these grids."""
+    problem.by_group(codes).sub_(grid.zero_point[:, None])
+    return problem.state(codes, grid.scale.clone(), grid.zero_point.clone())

@@ -1,6 +1,6 @@
 """JointQ's settings, and how it treats layers that share an input."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar
 
@@ -16,22 +16,26 @@ from onecomp.quantizer.checks import as_number, is_whole
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.gptq import GPTQ
-from onecomp.quantizer.grid import GridSearch
+from onecomp.quantizer.grid import GridSearch, stored_bits
 from onecomp.quantizer.jointq.algorithm import Effort
 from onecomp.quantizer.jointq.lambda_path import Falling, LambdaPath, Rising, RowSolver
 from onecomp.quantizer.jointq.perturbation import Perturbation
-from onecomp.quantizer.jointq.problem import Problem, State, damped, regularizer
+from onecomp.quantizer.jointq.problem import Kept, Problem, damped, regularizer
 from onecomp.quantizer.jointq.result import JointQResult
 from onecomp.quantizer.jointq.starts import GPTQStart, Starts, in_group_order
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
 FIXED, INCREMENTAL = "fixed_lambda", "incremental_lambda"
 MODES = ("identity", "diagonal")
+ROWS_AT_ONCE = 1024
+"""Rows that are solved together where memory matters; calls take too long on fewer."""
 MOST_ROWS = 1024
 """Rows that iterated local search takes by default."""
-COLUMN_COST, WEIGHT_COST = 10, 20_000
+COLUMN_COST, WEIGHT_COST = 15, 10_000
 """Multiplications of a product that take as long as a restart for one weight, by column and beside
 them; measured on a CPU."""
+CALLS_COST = 4_000_000
+"""The same for the calls that a column costs in a restart, however many rows there are."""
 LAMBDAS = (0.001, 0.01, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
@@ -188,6 +192,18 @@ class JointQ(WeightQuantizer):
             "exclude_layer_names."
         ]
 
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Codes, scales and zero points of a checkpoint; the order of ``actorder`` is left out."""
+        size = -1 if self.group_size is None else self.group_size
+        return stored_bits(wbits or self.bits, size, in_features)
+
     def baseline(self, layer_name: str, weight: Float[Tensor, "_ in"]) -> Float[Tensor, "_ in"]:
         """Round to nearest on plain grids."""
         size = -1 if self.group_size is None else self.group_size
@@ -203,10 +219,11 @@ class JointQ(WeightQuantizer):
         return tuple(FactorKey(damping, by_activation) for damping in dampings)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
-        """Products and what is done to each weight, once for the starts and for each restart.
+        """Calls, products and work on each weight, once for the starts and for each restart.
 
-        Of rising strengths about half are tried; a round of iterated local search takes a third of
-        a restart for every clone.
+        Where one strength is enough, as for most rows of a model with ``fixed_lambda``. Of rising
+        strengths about half are tried; a round of iterated local search takes a third of a restart
+        for every clone.
         """
         rounds = self.num_restarts + 1.0
         if self.ils_enabled:
@@ -214,25 +231,38 @@ class JointQ(WeightQuantizer):
             rounds += self.ils_num_iterations * self.ils_num_clones * rows / num_rows / 3
         if self.lambda_mode == INCREMENTAL:
             rounds *= max(1.0, len(self.lambda_list) / 2)
-        return rounds * num_rows * in_features * (COLUMN_COST * in_features + WEIGHT_COST)
+        by_weight = COLUMN_COST * in_features + WEIGHT_COST
+        calls = -(-num_rows // ROWS_AT_ONCE) * CALLS_COST
+        return float(rounds * in_features * (num_rows * by_weight + calls))
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, JointQResult]:
-        """Quantize layers that share an input; all their rows are solved together."""
-        stacked = torch.cat(list(weights.values()))
-        cuts = even_cuts(len(stacked), row_tile(stacked.device, stacked.shape[1]))
+        """Quantize layers that share an input; their rows are solved together."""
         inputs = self._inputs(factors)
         starts = self._gptq_starts(inputs, factors)
-        solved = [self._solve(stacked[a:b], inputs, starts) for a, b in cuts]
-        states, lambdas = zip(*solved, strict=True)
         sizes = [len(weight) for weight in weights.values()]
-        parts = State.join(states).split(sizes)
+        solved = [
+            self._solve(_rows_between(weights.values(), *cut), inputs, starts)
+            for cut in self._cuts(sum(sizes), inputs.hessian)
+        ]
+        states, lambdas = zip(*solved, strict=True)
+        parts = Kept.join(states).split(sizes)
         accepted = torch.cat(lambdas).split(sizes)
         return {
-            name: self._result(state, rows, inputs.order)
-            for name, state, rows in zip(weights, parts, accepted, strict=True)
+            name: self._result(kept, rows, inputs.order)
+            for name, kept, rows in zip(weights, parts, accepted, strict=True)
         }
+
+    def _cuts(self, num_rows: int, hessian: Tensor) -> list[tuple[int, int]]:
+        """Rows that are solved at once: few enough for the memory, enough to outweigh the calls.
+
+        Iterated local search compares more of them, as its settings count in those.
+        """
+        tile = row_tile(hessian.device, len(hessian))
+        if not self.ils_enabled:
+            tile = min(tile, max(ROWS_AT_ONCE, (num_rows + len(hessian)) // 2))
+        return even_cuts(num_rows, tile)
 
     def _inputs(self, factors: HessianFactors) -> "_Inputs":
         hessian, order = factors.hessian, None
@@ -293,13 +323,12 @@ class JointQ(WeightQuantizer):
 
     def _solve(
         self, weight: Float[Tensor, "out in"], inputs: "_Inputs", gptq: Mapping[float, GPTQStart]
-    ) -> tuple[State, Float[Tensor, "out"]]:
+    ) -> tuple[Kept, Float[Tensor, "out"]]:
         """Solution of rows, and the strength of regularization that each was solved with."""
-        columns = weight.T if inputs.order is None else weight.T[inputs.order]
         plain = next(iter(gptq.values()), None)
         solver = RowSolver(
-            problem_at=lambda strength: Problem(
-                columns=columns.contiguous(),
+            problem_at=lambda columns, strength: Problem(
+                columns=columns,
                 gram=damped(inputs.hessian, strength * inputs.added),
                 groupsize=self.group_size or len(columns),
                 wbits=self.bits,
@@ -310,19 +339,21 @@ class JointQ(WeightQuantizer):
             gptq_at=lambda strength: gptq.get(strength, plain),
             effort=self._effort(),
         )
-        return solver.along(self._path())
+        columns = weight.T if inputs.order is None else weight.T[inputs.order]
+        return solver.along(columns.contiguous(), self._path())
 
-    def _result(self, state: State, lambdas: Tensor, order: Tensor | None) -> JointQResult:
-        num_groups, out_features = state.scale.shape
-        steps, zero_point = state.steps, state.zero_point
+    def _result(self, kept: Kept, lambdas: Tensor, order: Tensor | None) -> JointQResult:
+        num_groups, out_features = kept.scale.shape
+        zero_point = kept.zero_point
         if self.symmetric:  # codes count from the middle of the range, which is their zero
             zero_point = torch.zeros_like(zero_point)
-        codes = steps.view(num_groups, -1, out_features) + zero_point[:, None]
+        steps = kept.steps.view(num_groups, -1, out_features)
+        codes = steps + zero_point.to(torch.int8)[:, None]
         return JointQResult(
             bits=self.bits,
             symmetric=self.symmetric,
             group_size=self.group_size,
-            scale=state.scale.T.to("cpu", torch.float64).contiguous(),
+            scale=kept.scale.T.to("cpu", torch.float64).contiguous(),
             zero_point=zero_point.T.to("cpu", torch.int8).contiguous(),
             assignment=codes.permute(2, 0, 1).to("cpu", torch.int8).contiguous(),
             perm=None if order is None else order.cpu(),
@@ -341,6 +372,17 @@ class JointQ(WeightQuantizer):
     def layer_format(self, layer_name: str) -> LayerFormat:
         """GPTQ's layout."""
         return gptq_format(self.bits, -1 if self.group_size is None else self.group_size)
+
+
+def _rows_between(
+    weights: Iterable[Float[Tensor, "_ in"]], start: int, stop: int
+) -> Float[Tensor, "_ in"]:
+    """Rows of weights that lie on top of each other; nothing else is copied."""
+    parts, top = [], 0
+    for weight in weights:
+        parts.append(weight[max(start - top, 0) : max(stop - top, 0)])
+        top += len(weight)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)

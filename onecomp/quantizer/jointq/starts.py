@@ -10,8 +10,8 @@ from onecomp.linalg import HessianFactor
 from onecomp.quantizer.gptq.algorithm import GridRule, Solution, gptq_quantize
 from onecomp.quantizer.grid import Grid, GridSearch
 from onecomp.quantizer.jointq.coordinate_search import store_scales, sweep_codes
-from onecomp.quantizer.jointq.local_search import search_group
-from onecomp.quantizer.jointq.problem import Problem, State, nearest_state, state_on
+from onecomp.quantizer.jointq.local_search import search_in_parts
+from onecomp.quantizer.jointq.problem import Kept, Problem, State, nearest_state, state_on
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class GPTQStart:
         """Codes on grids of its own."""
         return self._solved(problem, live=self.live and self.factor.order is None)
 
-    def again(self, problem: Problem, state: State) -> State:
-        """Codes on the grids of a state.
+    def again(self, problem: Problem, kept: Kept) -> State:
+        """Codes on the grids of a solution.
 
         Each column makes up for the errors of all before it, where single steps of a code end in
         the nearest of many minima.
         """
-        grid = Grid(state.scale.clone(), state.zero_point.clone(), problem.wbits)
+        grid = Grid(kept.scale, kept.zero_point, problem.wbits)
         return self._solved(problem, live=False, grid=grid)
 
     def _solved(self, problem: Problem, *, live: bool, grid: Grid | None = None) -> State:
@@ -46,7 +46,7 @@ class GPTQStart:
         )
         solution: Solution = gptq_quantize(
             problem.columns.T,
-            self.factor,
+            replace(self.factor),  # what it computes for GPTQ, as large as itself, goes with it
             rule,
             blocksize=self.blocksize,
             importance=self.importance,
@@ -76,16 +76,11 @@ def clip_state(problem: Problem, *, propagate: bool) -> State:
     for t, group in enumerate(problem.groups):
         error[group] = state.error[group]
         known = slice(0 if propagate else group.start, group.stop)
-        state.steps[group], state.scale[t] = search_group(
-            problem.gram[group, group],
-            state.steps[group],
-            state.scale[t],
-            problem.gram[group, known] @ error[known],
-            state.zero_point[t],
-            problem.maxq,
-        )
+        gradient = problem.gram[group, known] @ error[known]
+        state.steps[group], state.scale[t] = search_in_parts(problem, state, t, gradient)
         torch.mul(state.steps[group], state.scale[t], out=error[group])
         error[group] -= problem.columns[group]
+    del error  # it takes memory
     store_scales(problem, state)
     sweep_codes(problem, state)
     return state
@@ -99,12 +94,12 @@ class Starts:
     clip_propagating: bool
     gptq: GPTQStart | None
 
-    def best(self, problem: Problem) -> State:
-        """A state whose scales are representable in float16."""
-        best = nearest_state(problem)
+    def best(self, problem: Problem) -> Kept:
+        """A solution whose scales are representable in float16."""
+        best = Kept.of(nearest_state(problem))
         for is_wanted, propagate in ((self.clip, False), (self.clip_propagating, True)):
             if is_wanted:
-                best.improve_by(clip_state(problem, propagate=propagate))
+                best.improve_by(Kept.of(clip_state(problem, propagate=propagate)))
         if self.gptq is not None:
-            best.improve_by(self.gptq.state(problem))
+            best.improve_by(Kept.of(self.gptq.state(problem)))
         return best

@@ -26,6 +26,8 @@ LARGEST_SEED = 2**62
 LARGEST_FACTOR = 8192
 """Rows of a transform's larger matrix: sizes with a large prime in them have one as large."""
 
+SCALE_BITS, ZERO_BITS, SIGN_BITS, COLUMN_BITS = 32, 16, 8, 16
+"""Of a result's tensors beside the codes: of each scale, the zero, each row and each column."""
 PRODUCT_COST, GREEDY_COST, FACTOR_COST = 3.5, 2.7, 1.7
 """Products of the Hessian's size that take as long as rounding with feedback and the comparison
 with plain rounding, as a greedy pass, and as the factor; measured on a CPU."""
@@ -102,6 +104,19 @@ class QUIP(WeightQuantizer):
         if (largest := factor_sizes(size)[1]) > LARGEST_FACTOR:
             return [(f"a rotation by a matrix of {largest} columns is too large", "You can only")]
         return []
+
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """All that a result keeps: codes, scales, and what undoes the transforms."""
+        per_layer = SCALE_BITS * (out_features if self.row_scale else 1) + ZERO_BITS
+        transforms = SIGN_BITS * out_features + COLUMN_BITS * in_features
+        return (wbits or self.wbits) + (per_layer + transforms) / (in_features * out_features)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """Products, the factor, the calls of a column, and what is done to each weight."""

@@ -11,7 +11,14 @@ from jointq_problems import (
 
 from onecomp.quantizer.jointq.algorithm import Effort, jointq_quantize
 from onecomp.quantizer.jointq.perturbation import Perturbation
-from onecomp.quantizer.jointq.problem import Problem, State, damped, nearest_state, regularizer
+from onecomp.quantizer.jointq.problem import (
+    Kept,
+    Problem,
+    State,
+    damped,
+    nearest_state,
+    regularizer,
+)
 from onecomp.quantizer.jointq.starts import Starts, clip_state
 
 
@@ -26,8 +33,8 @@ def test_float32_finds_what_float64_finds(wbits, symmetric):
     of = problem(40, 64, wbits=wbits, symmetric=symmetric, strength=0.1)
     exact = Problem(of.columns.double(), of.gram.double(), 16, wbits, symmetric)
     start = nearest_state(of)
-    found = jointq_quantize(of, start, None, Effort(0))
-    expected = jointq_quantize(exact, as_double(start), None, Effort(0))
+    found = jointq_quantize(of, Kept.of(start), None, Effort(0))
+    expected = jointq_quantize(exact, Kept.of(as_double(start)), None, Effort(0))
     assert (found.steps == expected.steps).float().mean() > 0.99
     one, other = exact_objective(of, found).sum(), exact_objective(of, expected).sum()
     assert abs(one - other) < 1e-3 * other
@@ -55,7 +62,7 @@ def test_every_row_is_better_than_its_best_start(wbits, symmetric):
 def test_restarts_and_perturbations_find_more():
     of = problem(24, 96, wbits=2)
     gptq = gptq_start(of)
-    start = gptq.state(of)
+    start = Kept.of(gptq.state(of))
     efforts = [Effort(0), Effort(1), Effort(3), Effort(3, Perturbation(3, 4, 16))]
     sums = [exact_objective(of, jointq_quantize(of, start, gptq, e)).sum() for e in efforts]
     assert sums == sorted(sums, reverse=True)
@@ -74,10 +81,10 @@ def test_gptq_solves_again_on_given_scales():
     of = problem(64, 96)
     gptq = gptq_start(of, order=torch.argsort(of.gram.diagonal(), descending=True, stable=True))
     first = gptq.state(of)
-    same = gptq.again(of, first)
+    same = gptq.again(of, Kept.of(first))
     assert torch.equal(first.steps, same.steps)
     narrow = of.state(first.steps, first.scale * 0.75, first.zero_point)
-    other = gptq.again(of, narrow)
+    other = gptq.again(of, Kept.of(narrow))
     assert torch.equal(other.scale, narrow.scale)
     assert not torch.equal(other.steps, first.steps)
     assert in_bounds(of, other)
@@ -99,5 +106,5 @@ def test_a_hessian_of_zeros_makes_rounding_to_nearest():
     of = Problem(weight, damped(torch.zeros(48, 48), torch.zeros(48)), 16, 4, symmetric=True)
     assert torch.equal(of.gram, torch.eye(48))
     state = nearest_state(of)
-    found = jointq_quantize(of, state, None, Effort(2))
+    found = jointq_quantize(of, Kept.of(state), None, Effort(2))
     assert (exact_objective(of, found) <= exact_objective(of, state)).all()

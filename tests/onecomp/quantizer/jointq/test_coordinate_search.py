@@ -48,7 +48,7 @@ def test_scales_are_those_of_least_squares():
         system = parts @ of.gram.double() @ parts.T
         target = parts @ of.gram.double() @ of.columns[:, row].double()
         expected = torch.linalg.solve(system, target).float()
-        changed = state.copy()
+        changed = state.rows(torch.arange(24))
         solve_scales(of, changed)
         torch.testing.assert_close(changed.scale[:, row], expected, rtol=1e-3, atol=1e-4)
 

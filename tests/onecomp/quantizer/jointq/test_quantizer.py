@@ -302,6 +302,30 @@ def test_eight_bits_are_for_symmetric_codes():
     assert ((weight - result.dequantize()).abs() < 0.1).all()
 
 
+@pytest.mark.parametrize("group_size", [16, None])
+def test_bits_that_are_planned_for_are_those_that_are_stored(group_size):
+    """16 bits for a group's scale, and a zero point of the codes' size."""
+    quantizer = JointQ(bits=3, group_size=group_size, num_restarts=0)
+    result = solve(quantizer, draw(32, 64), correlated_hessian(64))
+    num_bits = 3 * result.assignment.numel() + 16 * result.scale.numel()
+    num_bits += 3 * result.zero_point.numel()
+    assert quantizer.bits_per_weight("layer", 64, 32) == num_bits / (32 * 64)
+    assert quantizer.bits_per_weight("layer", 64, 32, wbits=4) > 4
+
+
+@pytest.mark.parametrize("order", [None, "by activation"])
+def test_rows_of_layers_that_lie_on_top_of_each_other_are_cut_alike(order):
+    """More rows than are solved at once, of three layers: none is lost, doubled or moved."""
+    weights = {
+        name: draw(rows, 32, seed=rows) for name, rows in {"a": 700, "b": 9, "c": 500}.items()
+    }
+    quantizer = JointQ(bits=4, group_size=32, num_restarts=0, actorder=order is not None)
+    together = quantizer.quantize_weights(weights, HessianFactors(correlated_hessian(32)))
+    for name, weight in weights.items():
+        alone = solve(quantizer, weight, correlated_hessian(32))
+        assert (alone.assignment == together[name].assignment).float().mean() > 0.98
+
+
 def test_layers_whose_groups_do_not_fit_are_named():
     [problem] = JointQ(group_size=48).layer_problems("a.b", 64, 8)
     assert problem.startswith("group_size=48 must divide in_features, but a.b has in_features=64 (")

@@ -168,6 +168,18 @@ def test_stored_bits_are_those_of_the_codes_and_little_more(wbits):
     assert result.bits_per_weight == pytest.approx(wbits + 40 / 96 + 16 / 64, abs=0.01)
 
 
+@pytest.mark.parametrize("row_scale", [True, False])
+def test_bits_that_are_planned_for_are_those_that_are_stored(row_scale):
+    weight, hessian = weight_like_a_models(64, 96), hessian_of(correlated(300, 96))
+    quantizer = QUIP(wbits=3, row_scale=row_scale)
+    result, _ = solve(weight, hessian, wbits=3, row_scale=row_scale)
+    assert result.incoh_mode == "kron"
+    assert quantizer.bits_per_weight("layer", 96, 64) == pytest.approx(result.bits_per_weight)
+    assert quantizer.bits_per_weight("layer", 96, 64, wbits=2.5) == pytest.approx(
+        result.bits_per_weight - 0.5
+    )
+
+
 def test_bits_follow_from_the_seed_and_not_from_other_random_numbers():
     weight, hessian = weight_like_a_models(64, 32), hessian_of(correlated(300, 32))
     first, _ = solve(weight, hessian)
