@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.quantizer.dbf.coordinates import Coordinates, eigen
-from onecomp.quantizer.dbf.factors import SMALLEST, rank_one, signs
+from onecomp.quantizer.dbf.factors import SMALLEST, parts, rank_one
 
 FIRST_RHO, LAST_RHO = 0.15, 0.7
 RHO_POWER = 2
@@ -56,27 +56,35 @@ class Side:
     rho_factor: Float[Tensor, "layers 1 1"] | float = 1.0
     """What the penalty is multiplied by."""
 
-    def project(self, point: Float[Tensor, "layers rows columns"]) -> None:
-        """Take the value nearest to ``point``, or nearly so: its signs times rank one."""
-        magnitudes = point.abs()
-        num_steps = START_STEPS if self.row is None else PROJECTION_STEPS
-        column, self.row = rank_one(magnitudes, num_steps, self.row)
-        self.value = signs(point) * column[..., None] * self.row[..., None, :]
+    def project(self, point: Float[Tensor, "layers rows columns"]) -> Float[Tensor, "layers 1 1"]:
+        """Take the value nearest to ``point``, or nearly so: its signs times rank one.
 
-    def adapt(self, rho: Tensor | float, gap: Tensor, move: Tensor) -> None:
+        Returns:
+            Norm of the change.
+        """
+        num_steps = START_STEPS if self.row is None else PROJECTION_STEPS
+        column, self.row = rank_one(point, num_steps, self.row)
+        moved = torch.zeros_like(point[..., :1, :1])
+        pieces = zip(parts(point), parts(self.value), parts(column[..., None]), strict=True)
+        for piece, value, some in pieces:
+            new = (some * self.row[..., None, :]).copysign_(piece)
+            moved += value.sub_(new).square().sum(dim=(-2, -1), keepdim=True)
+            value.copy_(new)
+        return moved.sqrt()
+
+    def adapt(self, rho: Tensor | float, gap: Tensor, moved: Float[Tensor, "layers 1 1"]) -> None:
         """Double or halve the penalty of layers whose residuals are far apart.
 
         Args:
             rho: The step's penalty.
             gap: Solution minus projection.
-            move: Projection minus the one before.
+            moved: Norm of what the projection changed.
         """
-        primal, dual = (t.norm(dim=(-2, -1), keepdim=True) for t in (gap, move))
-        dual = rho * dual
+        primal, dual = gap.norm(dim=(-2, -1), keepdim=True), rho * moved
         change = torch.where(primal > UNBALANCED * dual, 2.0, 1.0)
         change = torch.where(dual > UNBALANCED * primal, 0.5, change)
         factor = (self.rho_factor * change).clamp(*FACTOR_LIMITS)
-        self.dual = self.dual * (self.rho_factor / factor)
+        self.dual.mul_(self.rho_factor / factor)
         self.rho_factor = factor
 
 
@@ -91,23 +99,27 @@ def factorise(
         rank: 1 to the smaller side of a layer.
         search: Steps and penalties.
     """
-    scaled = weight * coordinates.row_scale[..., None] * coordinates.column_scale
     row_weight = coordinates.row_scale.square().reciprocal()
     row_weight = (row_weight / row_weight.mean(dim=-1, keepdim=True))[..., None]
+    scaled = coordinates.scaled(weight)
     left, right = _start(scaled, rank)
     target = (scaled @ coordinates.basis).mul_(coordinates.levels)
-    rotated, unit = right.value @ coordinates.basis, left.value
+    del scaled  # before more of its size are made
+    rotated = right.value @ coordinates.basis
     for step in range(search.num_steps):
         rho = search.rho(step)
-        unit = rotated / rotated.norm(dim=-1, keepdim=True).clamp_min(SMALLEST)
-        gram = _regularised((unit * coordinates.levels) @ unit.mT, search.reg)
-        _step_left(left, gram, target @ unit.mT, rho, search.adapt_rho)
-        unit = left.value / left.value.norm(dim=-2, keepdim=True).clamp_min(SMALLEST)
-        weighted = (unit * row_weight).mT
-        gram = _regularised(weighted @ unit, search.reg)
-        linear = weighted @ target
-        rotated = _step_right(right, rotated, gram, linear, coordinates, rho, search.adapt_rho)
-    return unit / coordinates.row_scale[..., None], right.value / coordinates.column_scale
+        _step_left(left, rotated, target, coordinates.levels, rho, search)
+        _step_right(right, rotated, *_fit_of(left, row_weight, target), coordinates, rho, search)
+    del target
+    unit = left.value.div_(_lengths(left.value, dim=-2))
+    return (
+        unit.div_(coordinates.row_scale[..., None]),
+        right.value.div_(coordinates.column_scale),
+    )
+
+
+def _lengths(value: Float[Tensor, "layers rows columns"], dim: int) -> Tensor:
+    return value.norm(dim=dim, keepdim=True).clamp_min(SMALLEST)
 
 
 def _start(scaled: Float[Tensor, "layers out in"], rank: int) -> tuple[Side, Side]:
@@ -115,16 +127,20 @@ def _start(scaled: Float[Tensor, "layers out in"], rank: int) -> tuple[Side, Sid
     is_tall = scaled.shape[-2] > scaled.shape[-1]
     matrix = scaled.mT if is_tall else scaled
     squares, vectors = eigen(matrix @ matrix.mT)
-    vectors = vectors[..., -rank:].flip(-1)
+    near = vectors[..., -rank:].flip(-1)
+    del vectors  # before more of its size are made
     root = squares[..., -rank:].flip(-1).clamp_min(SMALLEST).sqrt().sqrt()
-    near, far = vectors * root[..., None, :], vectors.mT @ matrix / root[..., None]
+    far = (near.mT @ matrix).div_(root[..., None])
+    near.mul_(root[..., None, :])
     norm = scaled.norm(dim=(-2, -1), keepdim=True)
     sides = []
     for value in (far.mT, near.mT) if is_tall else (near, far):
-        side = Side(value, torch.zeros_like(value))
-        side.project(value)
+        side = Side(
+            value.contiguous(), torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        )
+        side.project(side.value)
         length = side.value.norm(dim=(-2, -1), keepdim=True).clamp_min(SMALLEST)
-        side.value = side.value * (norm / length)
+        side.value.mul_(norm / length)
         sides.append(side)
     return sides[0], sides[1]
 
@@ -135,19 +151,63 @@ def _regularised(gram: Float[Tensor, "layers rank rank"], reg: float) -> Tensor:
     return gram
 
 
-def _step_left(left: Side, gram: Tensor, linear: Tensor, rho: float, adapt: bool) -> None:
-    """Solve for the left factor with the right one fixed, and project."""
+def _with_penalty(gram: Float[Tensor, "layers rank rank"], penalty: Tensor | float) -> Tensor:
+    """Lower Cholesky factor of ``gram`` with ``penalty`` on its diagonal; ``gram`` is changed."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += penalty if isinstance(penalty, float) else penalty[..., 0]
+    return torch.linalg.cholesky_ex(gram)[0]
+
+
+def _step_left(
+    left: Side,
+    rotated: Float[Tensor, "layers rank in"],
+    target: Float[Tensor, "layers out in"],
+    levels: Float[Tensor, "in"],
+    rho: float,
+    search: Search,
+) -> None:
+    """Solve for the left factor with the right one fixed, and project.
+
+    Args:
+        left: The factor, changed.
+        rotated: The right factor in the basis of the eigenvectors.
+        target: Weights under the Hessian, in that basis.
+        levels: Of the directions.
+        rho: Penalty before the factor's own multiple.
+        search: Settings.
+    """
     penalty = rho * left.rho_factor
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    lower = torch.linalg.cholesky_ex(gram + penalty * eye)[0]
-    inverse = torch.cholesky_inverse(lower)
-    solved = linear.addcmul_(left.value - left.dual, torch.as_tensor(penalty)) @ inverse
-    before = left.value
-    left.project(solved + left.dual)
-    gap = solved.sub_(left.value)
-    left.dual += gap
-    if adapt:
-        left.adapt(penalty, gap, left.value - before)
+    unit = rotated / _lengths(rotated, dim=-1)
+    gram = _regularised((unit * levels) @ unit.mT, search.reg)
+    solved = target @ unit.mT
+    del unit
+    inverse = torch.cholesky_inverse(_with_penalty(gram, penalty))
+    del gram
+    for piece, value, dual in zip(parts(solved), parts(left.value), parts(left.dual), strict=True):
+        piece.add_((value - dual).mul_(penalty))
+        piece.copy_(piece @ inverse)
+    del inverse
+    moved = left.project(left.dual.add_(solved))
+    left.dual.sub_(left.value)
+    if search.adapt_rho:
+        left.adapt(penalty, solved.sub_(left.value), moved)
+
+
+def _fit_of(
+    left: Side, row_weight: Float[Tensor, "layers out 1"], target: Float[Tensor, "layers out in"]
+) -> tuple[Float[Tensor, "layers rank rank"], Float[Tensor, "layers rank in"]]:
+    """Gram matrix of the left factor with columns of length 1, and its product with the target."""
+    lengths = _lengths(left.value, dim=-2)
+    num_layers, _, rank = left.value.shape
+    gram = target.new_zeros(num_layers, rank, rank)
+    linear = target.new_zeros(num_layers, rank, target.shape[-1])
+    pieces = zip(parts(left.value), parts(row_weight), parts(target), strict=True)
+    for value, weight, some in pieces:
+        unit = value / lengths
+        weighted = (unit * weight).mT
+        gram.baddbmm_(weighted, unit)
+        linear.baddbmm_(weighted, some)
+    return gram, linear
 
 
 def _step_right(
@@ -157,34 +217,30 @@ def _step_right(
     linear: Float[Tensor, "layers rank in"],
     coordinates: Coordinates,
     rho: float,
-    adapt: bool,
-) -> Float[Tensor, "layers rank in"]:
+    search: Search,
+) -> None:
     """Solve for the right factor with the left one fixed, and project.
 
     The dual variable stays in the basis of the eigenvectors.
 
     Args:
         right: The factor, changed.
-        rotated: Its value in that basis.
-        gram: Of the left factor.
-        linear: Left factor times the weights under the Hessian, in that basis.
+        rotated: Its value in that basis, changed.
+        gram: Of the left factor; changed.
+        linear: Left factor times the weights under the Hessian, in that basis; changed.
         coordinates: Basis and levels.
         rho: Penalty before the factor's own multiple.
-        adapt: Change that multiple.
-
-    Returns:
-        The new value in that basis.
+        search: Settings.
     """
     penalty = rho * right.rho_factor
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    solved = linear.add_((rotated - right.dual).mul_(penalty))
+    gram = _regularised(gram, search.reg)
+    solved = linear.add_(rotated.sub_(right.dual).mul_(penalty))
     for first, last in coordinates.runs:
-        lower = torch.linalg.cholesky_ex(gram * coordinates.levels[first] + penalty * eye)[0]
+        lower = _with_penalty(gram * coordinates.levels[first], penalty)
         solved[..., first:last] = torch.cholesky_solve(solved[..., first:last], lower)
-    right.project((solved + right.dual) @ coordinates.basis.T)
-    projected = right.value @ coordinates.basis
-    gap = solved.sub_(projected)
-    right.dual += gap
-    if adapt:
-        right.adapt(penalty, gap, projected - rotated)
-    return projected
+    torch.matmul(right.dual.add_(solved), coordinates.basis.T, out=rotated)
+    moved = right.project(rotated)
+    torch.matmul(right.value, coordinates.basis, out=rotated)
+    right.dual.sub_(rotated)
+    if search.adapt_rho:
+        right.adapt(penalty, solved.sub_(rotated), moved)

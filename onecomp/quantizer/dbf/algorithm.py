@@ -9,7 +9,7 @@ from onecomp.errors import QuantizationError
 from onecomp.linalg import all_finite
 from onecomp.quantizer.dbf.admm import Search, factorise
 from onecomp.quantizer.dbf.coordinates import Balancing, Coordinates, damped
-from onecomp.quantizer.dbf.factors import SMALLEST, BinaryFactors
+from onecomp.quantizer.dbf.factors import BinaryFactors
 from onecomp.quantizer.dbf.refine import refine
 
 
@@ -36,12 +36,12 @@ def dbf_quantize(
     Raises:
         QuantizationError: The search overflowed.
     """
-    size = weight.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp_min(SMALLEST)
-    weight, hessian = weight / size, damped(hessian)
-    coordinates = Coordinates.of(weight, hessian, balancing)
+    coordinates = Coordinates.of(weight, damped(hessian), balancing)
+    size = coordinates.size
     factors = BinaryFactors.split(*factorise(weight, coordinates, rank, search))
-    factors = refine(weight, hessian, factors).normalised()
-    factors = replace(factors, row_scale=factors.row_scale * size[..., 0])
+    del coordinates  # as large as the Hessian
+    factors = refine(weight / size[..., None], damped(hessian), factors).normalised()
+    factors = replace(factors, row_scale=factors.row_scale * size)
     if not all_finite(factors.weight()):
         raise QuantizationError("The factors are not finite.")
     return factors

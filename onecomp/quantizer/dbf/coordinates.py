@@ -30,6 +30,7 @@ full cost more than they bring: their penalty then no longer fits the Hessian's 
 RESIDUAL = 1e-3
 CALM_SWEEPS = 3
 SMALLEST = 1e-12
+TINIEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Balancing:
 class Coordinates:
     """Scales of rows and columns, and the Hessian's eigenvectors in scaled columns."""
 
+    size: Float[Tensor, "layers 1"]
+    """Root mean square of each layer: the unit in which its weights are measured."""
     row_scale: Float[Tensor, "layers out"]
     column_scale: Float[Tensor, "in"]
     basis: Float[Tensor, "in in"]
@@ -69,15 +72,17 @@ class Coordinates:
             hessian: Positive definite.
             balancing: None leaves rows alone and scales columns by their importance only.
         """
+        size = weight.square().mean(dim=(-2, -1)).sqrt().clamp_min(TINIEST)[:, None]
         importance = hessian.diagonal().sqrt()
         column_scale = importance / importance.mean()
         row_scale = weight.new_ones(weight.shape[:2])
         if balancing is not None:
-            stacked = (weight * column_scale).flatten(0, 1)
-            rows, columns = balance(stacked, balancing)
+            stacked = weight * (column_scale / size)[:, None]
+            rows, columns = balance(stacked.flatten(0, 1), balancing)
+            del stacked  # before more of its size is made
             column_scale = column_scale * columns**COLUMN_SHARE
             row_scale = rows.view_as(row_scale) ** ROW_SHARE
-        scaled = hessian / (column_scale[:, None] * column_scale)
+        scaled = (hessian / column_scale[:, None]).div_(column_scale)
         levels, basis = eigen(scaled)
         levels = levels.clamp_min(0).pow(TEMPER)
         levels = (levels / levels.mean()).clamp_min(FLOOR)
@@ -85,7 +90,11 @@ class Coordinates:
         levels = LEVEL_RATIO**rounded
         edges = (rounded.diff() != 0).nonzero()[:, 0] + 1
         runs = tuple(pairwise([0, *edges.tolist(), len(levels)]))
-        return Coordinates(row_scale, column_scale, basis, levels, runs)
+        return Coordinates(size, row_scale, column_scale, basis, levels, runs)
+
+    def scaled(self, weight: Float[Tensor, "layers out in"]) -> Float[Tensor, "layers out in"]:
+        """Weights in these coordinates."""
+        return (weight * (self.row_scale / self.size)[..., None]).mul_(self.column_scale)
 
 
 def damped(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
@@ -93,7 +102,9 @@ def damped(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     added = torch.where(mean > 0, DAMPING * mean, 1.0)
-    return hessian + torch.diag_embed(added.expand_as(diagonal))
+    damped = hessian.clone()
+    damped.diagonal().add_(added)
+    return damped
 
 
 def eigen(
@@ -127,7 +138,7 @@ def balance(
         balancing: Sweeps, norm of a row, and which norm: L1 or L2.
     """
     power = 1 if balancing.mode == "l1" else 2
-    mass = weight.abs() ** power
+    mass = weight.abs().pow_(power)
     num_rows, num_columns = mass.shape
     row_target = balancing.target**power
     column_target = num_rows * row_target / num_columns

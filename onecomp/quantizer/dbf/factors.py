@@ -9,6 +9,8 @@ from torch import Tensor
 SPLIT_STEPS = 8
 """Power iterations that part a matrix of magnitudes into a column and a row."""
 SMALLEST = 1e-30
+MOST_PARTS, LEAST_ROWS = 8, 128
+"""Into how many parts a matrix is cut at most, and how many rows a part has at least."""
 LEAST_MEAN = 1e-10
 """Of scales: products of three stay above the smallest float32."""
 
@@ -33,22 +35,22 @@ class BinaryFactors:
         left: Float[Tensor, "layers out rank"], right: Float[Tensor, "layers rank in"]
     ) -> "BinaryFactors":
         """Signs and magnitudes of two matrices whose magnitudes have rank one, or nearly so."""
-        row_scale, left_magnitude = rank_one(left.abs(), SPLIT_STEPS)
-        right_magnitude, column_scale = rank_one(right.abs(), SPLIT_STEPS)
+        row_scale, left_magnitude = rank_one(left, SPLIT_STEPS)
+        right_magnitude, column_scale = rank_one(right, SPLIT_STEPS)
         middle = left_magnitude * right_magnitude
         return BinaryFactors(row_scale, signs(left), middle, signs(right), column_scale)
 
     def left(self) -> Float[Tensor, "layers out rank"]:
         """Everything left of ``B``."""
-        return self.row_signs * self.row_scale[..., None] * self.middle[..., None, :]
+        return (self.row_signs * self.row_scale[..., None]).mul_(self.middle[..., None, :])
 
     def right(self) -> Float[Tensor, "layers rank in"]:
         """Everything right of ``A``."""
-        return self.middle[..., None] * self.column_signs * self.column_scale[..., None, :]
+        return (self.middle[..., None] * self.column_signs).mul_(self.column_scale[..., None, :])
 
     def weight(self) -> Float[Tensor, "layers out in"]:
         """The product."""
-        return self.left() @ (self.column_signs * self.column_scale[..., None, :])
+        return (self.left() @ self.column_signs).mul_(self.column_scale[..., None, :])
 
     def normalised(self) -> "BinaryFactors":
         """The same product with scales that float16 holds well, none of them negative.
@@ -80,22 +82,35 @@ def mean_magnitude(values: Float[Tensor, "layers length"]) -> Float[Tensor, "lay
     return values.abs().mean(dim=-1, keepdim=True).clamp_min(LEAST_MEAN)
 
 
+def parts(matrix: Float[Tensor, "layers rows columns"]) -> tuple[Tensor, ...]:
+    """Views of a few rows each: what is computed part by part takes little memory."""
+    return matrix.split(max(LEAST_ROWS, -(-matrix.shape[-2] // MOST_PARTS)), dim=-2)
+
+
 def rank_one(
-    magnitudes: Float[Tensor, "layers rows columns"],
+    matrix: Float[Tensor, "layers rows columns"],
     num_steps: int,
     row: Float[Tensor, "layers columns"] | None = None,
 ) -> tuple[Float[Tensor, "layers rows"], Float[Tensor, "layers columns"]]:
-    """Best column times row for matrices without negative entries, by power iterations.
+    """Best column times row for the magnitudes of matrices, by power iterations.
 
     Args:
-        magnitudes: Entries of at least 0, whose leading singular vectors have no negative ones.
+        matrix: Its magnitudes have leading singular vectors without negative entries.
         num_steps: Power iterations.
-        row: Where to start; the mean of the rows by default.
+        row: Where to start; the mean of the magnitudes' rows by default.
     """
-    row = magnitudes.mean(dim=-2) if row is None else row
+    pieces = parts(matrix)
+    if row is None:
+        row = torch.stack([piece.abs().sum(dim=-2) for piece in pieces]).sum(dim=0)
+        row = row / matrix.shape[-2]
     column = row
     for _ in range(num_steps):
-        column = (magnitudes @ row[..., None])[..., 0]
-        column = column / column.norm(dim=-1, keepdim=True).clamp_min(SMALLEST)
-        row = (column[..., None, :] @ magnitudes)[..., 0, :]
+        columns, following = [], torch.zeros_like(row)
+        for piece in pieces:
+            magnitudes = piece.abs()
+            columns.append((magnitudes @ row[..., None])[..., 0])
+            following += (columns[-1][..., None, :] @ magnitudes)[..., 0, :]
+        column = torch.cat(columns, dim=-1)
+        length = column.norm(dim=-1, keepdim=True).clamp_min(SMALLEST)
+        column, row = column / length, following / length
     return column, row

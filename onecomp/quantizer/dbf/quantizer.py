@@ -210,16 +210,20 @@ class DBF(WeightQuantizer):
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, DBFResult]:
-        """Quantize layers that share an input; those of one shape and rank are solved together."""
+        """Quantize layers that share an input; small ones of one shape are solved together."""
         alike: dict[tuple[int, int], list[str]] = {}
         for name, weight in weights.items():
             out_features, in_features = weight.shape
             rank = rank_of(out_features, in_features, self.layer_bits(name))
             alike.setdefault((out_features, rank), []).append(name)
         results: dict[str, DBFResult] = {}
-        for (_, rank), names in alike.items():
-            solved = self._solve(torch.stack([weights[name] for name in names]), factors, rank)
-            results |= {name: self._result(name, solved, i) for i, name in enumerate(names)}
+        for (out_features, rank), names in alike.items():
+            # Together where they are small beside the Hessian, for the memory that a search takes.
+            at_once = max(1, weights[names[0]].shape[1] // out_features)
+            for first in range(0, len(names), at_once):
+                some = names[first : first + at_once]
+                solved = self._solve(_stacked([weights[name] for name in some]), factors, rank)
+                results |= {name: self._result(name, solved, i) for i, name in enumerate(some)}
         return {name: results[name] for name in weights}
 
     def _solve(
@@ -287,6 +291,11 @@ class DBF(WeightQuantizer):
     def layer_format(self, layer_name: str) -> LayerFormat:
         """Signs and scales; the rank follows from the bits."""
         return dbf_format(self.layer_bits(layer_name), self._settings())
+
+
+def _stacked(weights: list[Tensor]) -> Float[Tensor, "layers out in"]:
+    """One layer is not copied."""
+    return weights[0][None] if len(weights) == 1 else torch.stack(weights)
 
 
 def _half(tensor: Tensor) -> Tensor:

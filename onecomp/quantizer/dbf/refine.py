@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from onecomp.quantizer.dbf.factors import SMALLEST, BinaryFactors
+from onecomp.quantizer.dbf.factors import SMALLEST, BinaryFactors, parts
 
 NEARNESS = 1e-4
 """Weight of staying where it is in a least-squares fit, of each unknown's own curvature: it makes
@@ -34,14 +34,15 @@ def refine(
     Args:
         weight: What the factors stand for.
         hessian: Of the input that all layers share, symmetric.
-        factors: Where to start.
+        factors: Where to start; its signs are written to.
         max_rounds: Most rounds.
     """
     factors = fit_scales(weight, hessian, factors)
     error = output_error(weight, hessian, factors)
     for _ in range(max_rounds):
-        flipped = flip_column_signs(weight, hessian, flip_row_signs(weight, hessian, factors))
-        factors = fit_scales(weight, hessian, flipped)
+        flip_row_signs(weight, hessian, factors)
+        flip_column_signs(weight, hessian, factors)
+        factors = fit_scales(weight, hessian, factors)
         before, error = error, output_error(weight, hessian, factors)
         if (error >= (1 - SMALLEST_FALL) * before).all():
             break
@@ -52,8 +53,8 @@ def output_error(
     weight: Float[Tensor, "layers out in"], hessian: Float[Tensor, "in in"], factors: BinaryFactors
 ) -> Float[Tensor, "layers"]:
     """``tr(ΔW H ΔWᵀ)`` of each layer."""
-    difference = weight - factors.weight()
-    return ((difference @ hessian) * difference).sum(dim=(-2, -1))
+    difference = factors.weight().sub_(weight)
+    return (difference @ hessian).mul_(difference).sum(dim=(-2, -1))
 
 
 def fit_scales(
@@ -64,8 +65,10 @@ def fit_scales(
     factors = _fit_middle(pulled, hessian, factors)
     factors = _fit_columns(pulled, hessian, factors)
     product = factors.weight()
-    curvature = ((product @ hessian) * product).sum(dim=-1)
-    gain = (pulled * product).sum(dim=-1) / curvature.clamp_min(SMALLEST)
+    gain = (pulled * product).sum(dim=-1)
+    del pulled
+    curvature = (product @ hessian).mul_(product).sum(dim=-1)
+    gain = gain / curvature.clamp_min(SMALLEST)
     gain = torch.where(curvature > SMALLEST, gain, 1.0)
     return replace(factors, row_scale=factors.row_scale * gain)
 
@@ -73,10 +76,18 @@ def fit_scales(
 def _fit_middle(
     pulled: Float[Tensor, "layers out in"], hessian: Float[Tensor, "in in"], factors: BinaryFactors
 ) -> BinaryFactors:
-    left = factors.row_signs * factors.row_scale[..., None]
+    num_layers, rank, num_columns = factors.column_signs.shape
+    curvature = pulled.new_zeros(num_layers, rank, rank)
+    linear = pulled.new_zeros(num_layers, rank, num_columns)
+    of_rows = (factors.row_signs, factors.row_scale[..., None], pulled)
+    for some_signs, scale, rows in zip(*map(parts, of_rows), strict=True):
+        left = (some_signs * scale).mT
+        curvature.baddbmm_(left, left.mT)
+        linear.baddbmm_(left, rows)
     right = factors.column_signs * factors.column_scale[..., None, :]
-    curvature = (left.mT @ left) * (right @ hessian @ right.mT)
-    linear = ((left.mT @ pulled) * right).sum(dim=-1)
+    linear = linear.mul_(right).sum(dim=-1)
+    curvature *= right @ hessian @ right.mT
+    del right
     return replace(factors, middle=_solve(curvature, linear, factors.middle))
 
 
@@ -84,8 +95,9 @@ def _fit_columns(
     pulled: Float[Tensor, "layers out in"], hessian: Float[Tensor, "in in"], factors: BinaryFactors
 ) -> BinaryFactors:
     product = factors.left() @ factors.column_signs
-    curvature = (product.mT @ product) * hessian
     linear = (product * pulled).sum(dim=-2)
+    curvature = (product.mT @ product).mul_(hessian)
+    del product
     return replace(factors, column_scale=_solve(curvature, linear, factors.column_scale))
 
 
@@ -94,11 +106,15 @@ def _solve(
     linear: Float[Tensor, "layers size"],
     present: Float[Tensor, "layers size"],
 ) -> Float[Tensor, "layers size"]:
-    """Least-squares solution, drawn a little to the present one; that where there is none."""
+    """Least-squares solution, drawn a little to the present one; that where there is none.
+
+    ``curvature`` is written to.
+    """
     diagonal = curvature.diagonal(dim1=-2, dim2=-1)
     pull = NEARNESS * (diagonal + diagonal.mean(dim=-1, keepdim=True) * NEARNESS) + SMALLEST
     residual = linear - (curvature @ present[..., None])[..., 0]
-    lower, failed = torch.linalg.cholesky_ex(curvature + torch.diag_embed(pull))
+    diagonal += pull
+    lower, failed = torch.linalg.cholesky_ex(curvature)
     solution = present + torch.cholesky_solve(residual[..., None], lower)[..., 0]
     usable = (failed == 0)[..., None] & solution.isfinite().all(dim=-1, keepdim=True)
     return torch.where(usable, solution, present)
@@ -106,8 +122,8 @@ def _solve(
 
 def flip_row_signs(
     weight: Float[Tensor, "layers out in"], hessian: Float[Tensor, "in in"], factors: BinaryFactors
-) -> BinaryFactors:
-    """One pass over the columns of ``A``: each sign flips that lowers its row's error.
+) -> None:
+    """One pass over the columns of ``A``, in place: each sign flips that lowers its row's error.
 
     Row by row the error is a quadratic form in the signs, with the Gram matrix of what stands right
     of ``A``. Columns go one after the other, all rows at once.
@@ -115,17 +131,18 @@ def flip_row_signs(
     right = factors.right()
     pulled = right @ hessian
     gram = pulled @ right.mT
-    scale = factors.row_scale[..., None]
-    all_signs = factors.row_signs.clone()
-    slope = (scale * all_signs) @ gram - weight @ pulled.mT
-    for first in range(0, gram.shape[-1], COLUMN_BLOCK):
-        block = slice(first, first + COLUMN_BLOCK)
-        change = _flips_of_block(
-            all_signs[..., block], slope[..., block], gram[..., block, block], scale
-        )
-        all_signs[..., block] += change
-        slope += (scale * change) @ gram[..., block, :]
-    return replace(factors, row_signs=all_signs)
+    del right
+    of_rows = (factors.row_signs, weight, factors.row_scale[..., None])
+    for some_signs, rows, scale in zip(*map(parts, of_rows), strict=True):
+        slope = torch.baddbmm(rows @ pulled.mT, scale * some_signs, gram, beta=-1)
+        for first in range(0, gram.shape[-1], COLUMN_BLOCK):
+            block = slice(first, first + COLUMN_BLOCK)
+            change = _flips_of_block(
+                some_signs[..., block], slope[..., block], gram[..., block, block], scale
+            )
+            some_signs[..., block] += change
+            rest = slice(first + COLUMN_BLOCK, None)
+            slope[..., rest] += (scale * change) @ gram[..., block, rest]
 
 
 def _flips_of_block(
@@ -151,24 +168,26 @@ def _flips_of_block(
 
 def flip_column_signs(
     weight: Float[Tensor, "layers out in"], hessian: Float[Tensor, "in in"], factors: BinaryFactors
-) -> BinaryFactors:
-    """One pass over the entries of ``B``, by wrapped diagonals: signs flip that lower the error."""
+) -> None:
+    """One pass over the entries of ``B``, by wrapped diagonals: signs flip that lower the error.
+
+    They flip in place.
+    """
     left, scale = factors.left(), factors.column_scale
     grams = left.mT @ left
-    difference = factors.weight() - weight
-    slopes = (left.mT @ (difference @ hessian)) * scale[..., None, :]
-    flipped = factors.column_signs.clone()
-    for layer in range(len(weight)):
-        curvature = hessian * scale[layer][:, None] * scale[layer]
-        _flip_diagonals(flipped[layer], slopes[layer], grams[layer], curvature)
-    return replace(factors, column_signs=flipped)
+    difference = factors.weight().sub_(weight)
+    slopes = (left.mT @ difference @ hessian).mul_(scale[..., None, :])
+    del left, difference
+    for i in range(len(weight)):
+        _flip_diagonals(factors.column_signs[i], slopes[i], grams[i], hessian, scale[i])
 
 
 def _flip_diagonals(
     block_signs: Float[Tensor, "rank in"],
     slope: Float[Tensor, "rank in"],
     gram: Float[Tensor, "rank rank"],
-    curvature: Float[Tensor, "in in"],
+    hessian: Float[Tensor, "in in"],
+    scale: Float[Tensor, "in"],
 ) -> None:
     """Flip signs in place.
 
@@ -178,19 +197,21 @@ def _flip_diagonals(
     """
     rank, num_columns = block_signs.shape
     along = torch.arange(num_columns, device=block_signs.device)
-    threshold = gram.diagonal()[:, None] * curvature.diagonal()
+    own, own_column = gram.diagonal(), hessian.diagonal() * scale.square()
     for shift in range(rank):
         rows, columns = (along + shift) % rank, along
-        gain = block_signs[rows, columns] * slope[rows, columns] - threshold[rows, columns]
-        order = gain.argsort(descending=True)[: int((gain > 0).sum())]
-        if not len(order):
+        gain = block_signs[rows, columns] * slope[rows, columns] - own[rows] * own_column
+        helps = (gain > 0).nonzero()[:, 0]
+        if not len(helps):
             continue
+        order = helps[gain[helps].argsort(descending=True)]
         rows, columns, gain = rows[order], columns[order], gain[order]
         change = -2 * block_signs[rows, columns]
-        coupling = gram[rows][:, rows] * curvature[columns][:, columns]
-        coupling *= change[:, None] * change
-        together = (2 * coupling.tril(-1).sum(dim=1) - 4 * gain).cumsum(dim=0)
+        grams, curvatures = gram[rows], hessian[columns].mul_(scale).mul_(scale[columns, None])
+        coupling = grams[:, rows].mul_(curvatures[:, columns])
+        coupling.mul_(change[:, None]).mul_(change)
+        together = (2 * coupling.tril_(-1).sum(dim=1) - 4 * gain).cumsum(dim=0)
         best = int(together.argmin()) + 1
-        rows, columns, change = rows[:best], columns[:best], change[:best]
-        block_signs[rows, columns] += change
-        slope.addmm_(gram[:, rows] * change, curvature[columns])
+        change = change[:best]
+        block_signs[rows[:best], columns[:best]] += change
+        slope.addmm_((grams[:best] * change[:, None]).T, curvatures[:best])
