@@ -100,31 +100,28 @@ class Onebit(WeightQuantizer):
     def _quantize(
         self, name: str, weight: Float[Tensor, "out in"], factors: HessianFactors
     ) -> OnebitResult:
-        columns, plain = weight.T.contiguous(), sign_mean(weight)
-        try:
-            factor = factors.at(self.percdamp, by_activation=True)
-        except QuantizationError as error:
-            factors.fallbacks.append(f"sign times mean: {error}")
-            found = plain
-        else:
-            hessian = damped_hessian(factors.hessian, self.percdamp)
-            hessian.diagonal().mul_(1 + self.drift_ratio)
-            found = self._solve(columns, hessian, factor)
-        errors, plain_errors = (
-            quadratic_form(columns - part.columns(), factors.hessian) for part in (found, plain)
-        )
-        if plain_errors.sum() < errors.sum():
-            factors.rounded_rows += len(weight)
-            found, errors = plain, plain_errors
+        columns = weight.T.contiguous()
+        found, errors = self._no_worse(columns, self._solve(columns, factors), factors)
         energy = quadratic_form(columns, factors.hessian)
         factors.row_errors[name] = torch.stack([errors, energy])
         return OnebitResult(
             a=found.row_scale.to("cpu", torch.float16),
             b=found.column_scale.to("cpu", torch.float16),
-            sign_packed=pack_bits(found.signs.T).cpu(),
+            sign_packed=pack_bits(found.signs.T >= 0).cpu(),
         )
 
-    def _solve(
+    def _solve(self, columns: Float[Tensor, "in out"], factors: HessianFactors) -> OneBit:
+        try:
+            factor = factors.at(self.percdamp, by_activation=True)
+        except QuantizationError as error:
+            factors.fallbacks.append(f"sign times mean: {error}")
+            return sign_mean(columns.T)
+        start = self._start(columns, factors.hessian, factor)
+        hessian = self._drifted(factors.hessian)  # made only now: the start takes much memory
+        found = search(columns, start, hessian, num_rounds=self.iters)
+        return in_storable_scales(columns, found, hessian)
+
+    def _start(
         self,
         columns: Float[Tensor, "in out"],
         hessian: Float[Tensor, "in in"],
@@ -135,10 +132,24 @@ class Onebit(WeightQuantizer):
             use_balancing=self.use_balancing,
             balance_iters=self.balance_iters,
             balance_alpha=self.balance_alpha,
-        ).scales(columns.T, hessian.diagonal())
-        start = with_compensated_signs(columns, sign_start(columns.T, scales), factor)
-        found = search(columns, start, hessian, num_rounds=self.iters)
-        return in_storable_scales(columns, found, hessian)
+        ).scales(columns.T, self._drifted(hessian).diagonal().clone())
+        return with_compensated_signs(columns, sign_start(columns.T, scales), factor)
+
+    def _drifted(self, hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+        damped = damped_hessian(hessian, self.percdamp)
+        damped.diagonal().mul_(1 + self.drift_ratio)
+        return damped
+
+    def _no_worse(
+        self, columns: Float[Tensor, "in out"], found: OneBit, factors: HessianFactors
+    ) -> tuple[OneBit, Float[Tensor, "out"]]:
+        """What was found or signs times means, whichever is better, and the errors of its rows."""
+        errors, plain = found.errors(columns, factors.hessian), sign_mean(columns.T)
+        plain_errors = plain.errors(columns, factors.hessian)
+        if not plain_errors.sum() < errors.sum():
+            return found, errors
+        factors.rounded_rows += columns.shape[1]
+        return plain, plain_errors
 
     def layer_format(self, layer_name: str) -> LayerFormat:
         """One bit; the tensors say everything else."""
