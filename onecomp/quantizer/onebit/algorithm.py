@@ -260,19 +260,19 @@ def in_storable_scales(
 
 def search(
     columns: Float[Tensor, "in out"],
-    start: OneBit,
+    found: OneBit,
     hessian: Float[Tensor, "in in"],
     *,
     num_rounds: int,
 ) -> OneBit:
     """Fit the scales and turn signs in turns; ends when a round hardly lowers the error."""
-    best, least = start, start.error(columns, hessian)
-    for found in _rounds(columns, start, hessian, num_rounds):
-        error = found.error(columns, hessian)
+    least = found.error(columns, hessian)
+    for other in _rounds(columns, found, hessian, num_rounds):
+        error = other.error(columns, hessian)
         if not error < (1 - ENOUGH) * least:
-            return found if error < least else best
-        best, least = found, error
-    return best
+            return other if error < least else found
+        found, least = other, error
+    return found
 
 
 def _rounds(columns: Tensor, found: OneBit, hessian: Tensor, num_rounds: int) -> Iterator[OneBit]:

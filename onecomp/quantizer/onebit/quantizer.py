@@ -25,11 +25,11 @@ from onecomp.quantizer.onebit.algorithm import (
 )
 from onecomp.quantizer.onebit.result import OnebitResult
 
-COLUMN_COST = 4_000_000
+COLUMN_COST = 1_200_000
 """Multiplications that take as long as the calls a column costs in a round, on a CPU."""
 PRODUCTS = 7
 """Products of the weight and the Hessian in a round."""
-USUAL_ROUNDS = 6
+USUAL_ROUNDS = 8
 """Rounds until the search ends by itself."""
 
 
@@ -82,6 +82,17 @@ class Onebit(WeightQuantizer):
             problems.append(f"drift_ratio={self.drift_ratio!r}: must be 0 or more.")
         return problems
 
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Signs, and the scales of rows and columns; there are no other bits than one."""
+        return (wbits or 1) + 16 / in_features + 16 / out_features
+
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one: columns that matter most are decided first."""
         return (FactorKey(self.percdamp, by_activation=True),)
@@ -116,10 +127,14 @@ class Onebit(WeightQuantizer):
         except QuantizationError as error:
             factors.fallbacks.append(f"sign times mean: {error}")
             return sign_mean(columns.T)
-        start = self._start(columns, factors.hessian, factor)
-        hessian = self._drifted(factors.hessian)  # made only now: the start takes much memory
-        found = search(columns, start, hessian, num_rounds=self.iters)
-        return in_storable_scales(columns, found, hessian)
+        # The start takes much memory: it is made before the Hessian is damped, and not kept.
+        found = search(
+            columns,
+            self._start(columns, factors.hessian, factor),
+            self._drifted(factors.hessian),
+            num_rounds=self.iters,
+        )
+        return in_storable_scales(columns, found, self._drifted(factors.hessian))
 
     def _start(
         self,

@@ -33,8 +33,9 @@ class Levels:
         codes = torch.arange(2**self.num_bases, device=self.alpha.device)
         signs = torch.stack([sign_of(codes, base) for base in range(self.num_bases)])
         levels, order = torch.einsum("bl,gbo->gol", signs, self.alpha).sort(dim=2, stable=True)
+        order = order.to(torch.uint8)
         middles = (levels[..., 1:] + levels[..., :-1]) / 2
-        return levels.contiguous(), order.to(torch.uint8), middles.contiguous()
+        return levels.contiguous(), order, middles.contiguous()
 
     def nearest(
         self, group: int, columns: Float[Tensor, "_ out"]

@@ -20,8 +20,12 @@ from onecomp.quantizer.qbb.starts import even_levels, fitted_levels, start_level
 from onecomp.quantizer.qbb.walk import compensated
 
 STE_TYPES = ("clipped", "identity", "tanh")
-COLUMN_COST = 12_000_000
+COLUMN_COST = 7_000_000
 """Multiplications that take as long as the calls a column costs in all rounds, on a CPU."""
+WEIGHT_COST = 22_000
+"""The same for a weight, beside its share in products: starts, and the nearest of its levels."""
+BASIS_COST = 4500
+"""What each sign matrix adds to that."""
 USUAL_ROUNDS = 6
 """Rounds until the search ends by itself."""
 
@@ -113,14 +117,27 @@ class QBB(WeightQuantizer):
             "exclude_layer_names."
         ]
 
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Sign matrices, and a scale of each for every group."""
+        bits = wbits or self.wbits
+        return bits + 16 * bits / (in_features if self.groupsize == -1 else self.groupsize)
+
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one: columns that matter most are decided first."""
         return (FactorKey(self.percdamp, by_activation=True),)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
-        """Calls by column, and the products of each round."""
+        """Calls by column, the products of each round, and what is done to each weight."""
         products = min(USUAL_ROUNDS, self.iters_per_basis) * (self.wbits + 3)
-        return float(in_features * (COLUMN_COST + products * num_rows * in_features))
+        by_weight = products * in_features + WEIGHT_COST + BASIS_COST * self.wbits
+        return float(in_features * (COLUMN_COST + num_rows * by_weight))
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
@@ -168,8 +185,12 @@ class QBB(WeightQuantizer):
         importance, counts = hessian.diagonal(), self._counts(columns)
         first = self.progressive_bits if self.use_progressive_quantization else self.wbits
         levels = start_levels(columns, importance, **{**counts, "num_bases": first})
-        bases = compensated(columns, levels, factor)
-        bases = descend(columns, bases, hessian, num_rounds=self.iters_per_basis * first)
+        bases = descend(
+            columns,
+            compensated(columns, levels, factor),
+            hessian,
+            num_rounds=self.iters_per_basis * first,
+        )
         for _ in range(self.wbits - first):
             added = with_one_more(columns, bases, importance)
             levels = fitted_levels(columns, added.levels, importance)
