@@ -135,24 +135,31 @@ def turned(
     Returns:
         The new signs with the same levels, and how many were turned.
     """
-    sweep = _Sweep(columns, binary, hessian)
+    return turned_along(hessian @ binary.columns().neg_().add_(columns), binary, hessian)
+
+
+def turned_along(
+    gradient: Float[Tensor, "in out"], binary: Binary, hessian: Float[Tensor, "in in"]
+) -> tuple[Binary, int]:
+    """As :func:`turned`, from ``hessian @ (columns - binary.columns())``, which is used up."""
+    sweep = _Sweep(gradient, binary, hessian)
     with torch.inference_mode():  # many calls of little work, as in GPTQ's solver
-        for start in range(0, len(columns), COLUMN_BLOCK):
-            sweep.turn_block(start, min(start + COLUMN_BLOCK, len(columns)))
+        for start in range(0, len(gradient), COLUMN_BLOCK):
+            sweep.turn_block(start, min(start + COLUMN_BLOCK, len(gradient)))
     return Binary(sweep.signs, binary.levels), int((sweep.signs != binary.signs).sum())
 
 
 class _Sweep:
     """The signs so far, and ``H d`` for all columns still to come."""
 
-    def __init__(self, columns: Tensor, binary: Binary, hessian: Tensor):
-        self._gradient = hessian @ binary.columns().neg_().add_(columns)
+    def __init__(self, gradient: Tensor, binary: Binary, hessian: Tensor):
+        self._gradient = gradient
         self.signs = binary.signs.clone()
         self._hessian = hessian
         self._diagonal = hessian.diagonal().tolist()
         self._half = binary.levels.half.unbind()
-        self._groupsize = len(columns) // len(self._half)
-        self._changes = torch.empty_like(columns[:COLUMN_BLOCK])
+        self._groupsize = len(gradient) // len(self._half)
+        self._changes = torch.empty_like(gradient[:COLUMN_BLOCK])
         """By how much the columns of the block at hand changed."""
 
     def turn_block(self, start: int, end: int) -> None:

@@ -26,6 +26,8 @@ CUDA_TILE = 4096
 FACTOR_COST = {"cpu": 1.5, "cuda": 0.15}
 """Of ``in ** 3``: a Cholesky factor and its inverse run slower than a product (measured on CPUs).
 On GPUs solving columns is mostly calls of small kernels, so factors cost less beside it."""
+LEAST_STEP_ROWS = 256
+"""Rows of a step within a piece: fewer would not keep products fast."""
 EDGE = 16
 """Edges are multiples of this many rows, as vectors of the processor are."""
 
@@ -105,6 +107,19 @@ def even_cuts(num_rows: int, tile: int) -> list[tuple[int, int]]:
     count = max(1, min(count, num_rows // (LEAST_ROWS + EDGE)))
     edges = [num_rows * i // count // EDGE * EDGE for i in range(count)]
     return list(pairwise([*edges, num_rows]))
+
+
+def step_cuts(num_rows: int, in_features: int) -> list[tuple[int, int]]:
+    """Rows that steps with many temporaries take at once, so that a Hessian outweighs those.
+
+    For steps in which rows are independent and calls are few, on any device.
+
+    >>> step_cuts(960, 4096)
+    [(0, 960)]
+    >>> step_cuts(960, 576)
+    [(0, 240), (240, 480), (480, 720), (720, 960)]
+    """
+    return even_cuts(num_rows, max(LEAST_STEP_ROWS, in_features // 4))
 
 
 def row_pieces(

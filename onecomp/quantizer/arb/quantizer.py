@@ -62,6 +62,17 @@ class ARB(WeightQuantizer):
         """Group sizes have to divide ``in_features``."""
         return group_problems(self.groupsize, layer_name, in_features)
 
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Signs, and scale and mean of every group."""
+        return (wbits or 1) + 32 / (in_features if self.groupsize == -1 else self.groupsize)
+
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""
         return (self._search(1).factor_key,)

@@ -75,6 +75,19 @@ class CQ(WeightQuantizer):
         """Group sizes have to divide ``in_features``."""
         return group_problems(self.groupsize, layer_name, in_features)
 
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Codes, and both means of every group, or of the layer."""
+        if not self.each_row:
+            return (wbits or 1) + 32 / (in_features * out_features)
+        return (wbits or 1) + 32 / (in_features if self.groupsize == -1 else self.groupsize)
+
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""
         return (self._search(1).factor_key,)

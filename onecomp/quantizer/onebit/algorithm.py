@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from onecomp.linalg import HessianFactor, quadratic_form
-from onecomp.quantizer.binary import compensated, turned
+from onecomp.quantizer.binary import compensated, turned_along
 from onecomp.quantizer.binary_levels import Binary, Levels, in_float16
+from onecomp.quantizer.pieces import step_cuts
 
 POWER_STEPS = 50
 """Of the power iteration, which starts from ones: a matrix of magnitudes is close to rank one."""
@@ -42,13 +43,35 @@ class OneBit:
 
     def columns(self) -> Float[Tensor, "in out"]:
         """The transposed weight."""
-        return self.signs * self.column_scale[:, None] * self.row_scale
+        return (self.signs * self.column_scale[:, None]).mul_(self.row_scale)
+
+    def rows(self, start: int, stop: int) -> "OneBit":
+        """A view of some rows."""
+        return OneBit(self.row_scale[start:stop], self.column_scale, self.signs[:, start:stop])
+
+    def errors(
+        self, columns: Float[Tensor, "in out"], hessian: Float[Tensor, "in in"]
+    ) -> Float[Tensor, "out"]:
+        """Output error of every row."""
+        each = [quadratic_form(_rest(part, own), hessian) for part, own in _in_steps(columns, self)]
+        return torch.cat(each)
 
     def error(
         self, columns: Float[Tensor, "in out"], hessian: Float[Tensor, "in in"]
     ) -> Float[Tensor, ""]:
         """Output error of all rows together."""
-        return quadratic_form(columns - self.columns(), hessian).sum()
+        return self.errors(columns, hessian).sum()
+
+
+def _in_steps(columns: Tensor, found: OneBit) -> Iterator[tuple[Tensor, OneBit]]:
+    """Some rows at a time, so that temporaries are small beside the Hessian."""
+    for start, stop in step_cuts(columns.shape[1], len(columns)):
+        yield columns[:, start:stop], found.rows(start, stop)
+
+
+def _rest(columns: Tensor, found: OneBit) -> Float[Tensor, "in out"]:
+    """What the signs and scales leave of the weight, in memory of its own."""
+    return found.columns().neg_().add_(columns)
 
 
 @dataclass(frozen=True)
@@ -71,10 +94,10 @@ class ScaleStart:
         column_weight = torch.ones_like(importance)
         if self.use_importance_scaling:
             column_weight = importance.clamp(min=SMALLEST_SHARE * importance.mean()).sqrt()
-            magnitudes = magnitudes * column_weight
+            magnitudes.mul_(column_weight)
         if self.use_balancing:
             rows, columns = balancing(magnitudes, self.balance_iters, self.balance_alpha)
-            magnitudes = rows[:, None] * magnitudes * columns
+            magnitudes.mul_(rows[:, None]).mul_(columns)
             row_weight, column_weight = rows, column_weight * columns
         row_scale, column_scale = leading_pair(magnitudes)
         return row_scale / row_weight, column_scale / column_weight
@@ -152,8 +175,10 @@ def with_compensated_signs(
     scaled = HessianFactor(
         factor.order, factor.upper / factor.permuted(scale[None]), factor.percdamp
     )
-    binary = compensated(columns / scale[:, None], _levels(start.row_scale), scaled)
-    return replace(start, signs=binary.signs)
+    signs = torch.empty_like(start.signs)
+    for part, own in _in_steps(columns, replace(start, signs=signs)):
+        own.signs.copy_(compensated(part / scale[:, None], _levels(own.row_scale), scaled).signs)
+    return replace(start, signs=signs)
 
 
 def with_turned_signs(
@@ -161,9 +186,10 @@ def with_turned_signs(
 ) -> OneBit:
     """Go through the columns once and turn every sign for which that lowers the error."""
     scale = found.column_scale
+    gradient = (hessian @ _rest(columns, found)).mul_(scale[:, None])
+    scaled = (scale[:, None] * hessian).mul_(scale)
     binary = Binary(found.signs, _levels(found.row_scale))
-    scaled = scale[:, None] * hessian * scale
-    return replace(found, signs=turned(columns / scale[:, None], binary, scaled)[0].signs)
+    return replace(found, signs=turned_along(gradient, binary, scaled)[0].signs)
 
 
 def _levels(row_scale: Float[Tensor, "out"]) -> Levels:
@@ -174,12 +200,21 @@ def with_fitted_rows(
     columns: Float[Tensor, "in out"], found: OneBit, hessian: Float[Tensor, "in in"]
 ) -> OneBit:
     """Row scales of least error for signs and column scales as they are: one division a row."""
+    fitted = torch.cat([_row_fit(*part, hessian) for part in _in_steps(columns, found)])
+    signs = _turned_where(fitted < 0, found.signs)
+    return replace(found, row_scale=fitted.abs_(), signs=signs)
+
+
+def _row_fit(columns: Tensor, found: OneBit, hessian: Tensor) -> Float[Tensor, "out"]:
     signed = found.signs * found.column_scale[:, None]
     product = hessian @ signed
-    energy = (product * signed).sum(dim=0).clamp_(min=torch.finfo(product.dtype).tiny)
-    fitted = product.mul_(columns).sum(dim=0) / energy
-    turn = torch.where(fitted < 0, -1.0, 1.0)
-    return replace(found, row_scale=fitted * turn, signs=found.signs * turn)
+    energy = signed.mul_(product).sum(dim=0).clamp_(min=torch.finfo(product.dtype).tiny)
+    return product.mul_(columns).sum(dim=0).div_(energy)
+
+
+def _turned_where(negative: Bool[Tensor, "*line"], signs: Tensor) -> Float[Tensor, "in out"]:
+    """The same tensor where nothing is negative, as is usual."""
+    return torch.where(negative, -signs, signs) if negative.any() else signs
 
 
 def with_fitted_columns(
@@ -190,11 +225,12 @@ def with_fitted_columns(
     The equations are ``(H ∘ Sᵀ diag(row_scale²) S) x = diag(Sᵀ diag(row_scale) W H)``, solved for
     the step from the scales so far, with a small ridge. Unchanged where they have no solution.
     """
-    signed = found.signs * found.row_scale
-    matrix = (signed @ signed.T).mul_(hessian)
-    rest = columns - found.columns()
-    right = (hessian @ rest).mul_(signed).sum(dim=1)
-    diagonal = matrix.diagonal()
+    matrix, right = torch.zeros_like(hessian), torch.zeros_like(found.column_scale)
+    for part, own in _in_steps(columns, found):
+        signed = own.signs * own.row_scale
+        matrix.addmm_(signed, signed.T)
+        right += (hessian @ _rest(part, own)).mul_(signed).sum(dim=1)
+    diagonal = matrix.mul_(hessian).diagonal()
     unit = diagonal.clamp(min=SMALLEST_SHARE**2 * diagonal.mean()).rsqrt_()
     matrix.mul_(unit[:, None]).mul_(unit).diagonal().add_(RIDGE)
     lower, failed_minor = torch.linalg.cholesky_ex(matrix)
@@ -202,11 +238,10 @@ def with_fitted_columns(
         return found
     step = torch.cholesky_solve((unit * right)[:, None], lower)[:, 0] * unit
     scale = found.column_scale + step
-    turn = torch.where(scale < 0, -1.0, 1.0)
-    least = SMALLEST_SHARE * scale.abs().mean()
-    return replace(
-        found, column_scale=(scale * turn).clamp(min=least), signs=found.signs * turn[:, None]
-    )
+    signs = _turned_where(scale[:, None] < 0, found.signs)
+    magnitudes = scale.abs()
+    least = SMALLEST_SHARE * magnitudes.mean()
+    return replace(found, column_scale=magnitudes.clamp(min=least), signs=signs)
 
 
 def in_storable_scales(
@@ -225,19 +260,19 @@ def in_storable_scales(
 
 def search(
     columns: Float[Tensor, "in out"],
-    start: OneBit,
+    found: OneBit,
     hessian: Float[Tensor, "in in"],
     *,
     num_rounds: int,
 ) -> OneBit:
     """Fit the scales and turn signs in turns; ends when a round hardly lowers the error."""
-    best, least = start, start.error(columns, hessian)
-    for found in _rounds(columns, start, hessian, num_rounds):
-        error = found.error(columns, hessian)
+    least = found.error(columns, hessian)
+    for other in _rounds(columns, found, hessian, num_rounds):
+        error = other.error(columns, hessian)
         if not error < (1 - ENOUGH) * least:
-            return found if error < least else best
-        best, least = found, error
-    return best
+            return other if error < least else found
+        found, least = other, error
+    return found
 
 
 def _rounds(columns: Tensor, found: OneBit, hessian: Tensor, num_rounds: int) -> Iterator[OneBit]:

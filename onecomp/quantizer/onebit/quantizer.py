@@ -25,11 +25,11 @@ from onecomp.quantizer.onebit.algorithm import (
 )
 from onecomp.quantizer.onebit.result import OnebitResult
 
-COLUMN_COST = 4_000_000
+COLUMN_COST = 1_200_000
 """Multiplications that take as long as the calls a column costs in a round, on a CPU."""
 PRODUCTS = 7
 """Products of the weight and the Hessian in a round."""
-USUAL_ROUNDS = 6
+USUAL_ROUNDS = 8
 """Rounds until the search ends by itself."""
 
 
@@ -82,6 +82,17 @@ class Onebit(WeightQuantizer):
             problems.append(f"drift_ratio={self.drift_ratio!r}: must be 0 or more.")
         return problems
 
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Signs, and the scales of rows and columns; there are no other bits than one."""
+        return (wbits or 1) + 16 / in_features + 16 / out_features
+
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one: columns that matter most are decided first."""
         return (FactorKey(self.percdamp, by_activation=True),)
@@ -100,31 +111,32 @@ class Onebit(WeightQuantizer):
     def _quantize(
         self, name: str, weight: Float[Tensor, "out in"], factors: HessianFactors
     ) -> OnebitResult:
-        columns, plain = weight.T.contiguous(), sign_mean(weight)
-        try:
-            factor = factors.at(self.percdamp, by_activation=True)
-        except QuantizationError as error:
-            factors.fallbacks.append(f"sign times mean: {error}")
-            found = plain
-        else:
-            hessian = damped_hessian(factors.hessian, self.percdamp)
-            hessian.diagonal().mul_(1 + self.drift_ratio)
-            found = self._solve(columns, hessian, factor)
-        errors, plain_errors = (
-            quadratic_form(columns - part.columns(), factors.hessian) for part in (found, plain)
-        )
-        if plain_errors.sum() < errors.sum():
-            factors.rounded_rows += len(weight)
-            found, errors = plain, plain_errors
+        columns = weight.T.contiguous()
+        found, errors = self._no_worse(columns, self._solve(columns, factors), factors)
         energy = quadratic_form(columns, factors.hessian)
         factors.row_errors[name] = torch.stack([errors, energy])
         return OnebitResult(
             a=found.row_scale.to("cpu", torch.float16),
             b=found.column_scale.to("cpu", torch.float16),
-            sign_packed=pack_bits(found.signs.T).cpu(),
+            sign_packed=pack_bits(found.signs.T >= 0).cpu(),
         )
 
-    def _solve(
+    def _solve(self, columns: Float[Tensor, "in out"], factors: HessianFactors) -> OneBit:
+        try:
+            factor = factors.at(self.percdamp, by_activation=True)
+        except QuantizationError as error:
+            factors.fallbacks.append(f"sign times mean: {error}")
+            return sign_mean(columns.T)
+        # The start takes much memory: it is made before the Hessian is damped, and not kept.
+        found = search(
+            columns,
+            self._start(columns, factors.hessian, factor),
+            self._drifted(factors.hessian),
+            num_rounds=self.iters,
+        )
+        return in_storable_scales(columns, found, self._drifted(factors.hessian))
+
+    def _start(
         self,
         columns: Float[Tensor, "in out"],
         hessian: Float[Tensor, "in in"],
@@ -135,10 +147,24 @@ class Onebit(WeightQuantizer):
             use_balancing=self.use_balancing,
             balance_iters=self.balance_iters,
             balance_alpha=self.balance_alpha,
-        ).scales(columns.T, hessian.diagonal())
-        start = with_compensated_signs(columns, sign_start(columns.T, scales), factor)
-        found = search(columns, start, hessian, num_rounds=self.iters)
-        return in_storable_scales(columns, found, hessian)
+        ).scales(columns.T, self._drifted(hessian).diagonal().clone())
+        return with_compensated_signs(columns, sign_start(columns.T, scales), factor)
+
+    def _drifted(self, hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+        damped = damped_hessian(hessian, self.percdamp)
+        damped.diagonal().mul_(1 + self.drift_ratio)
+        return damped
+
+    def _no_worse(
+        self, columns: Float[Tensor, "in out"], found: OneBit, factors: HessianFactors
+    ) -> tuple[OneBit, Float[Tensor, "out"]]:
+        """What was found or signs times means, whichever is better, and the errors of its rows."""
+        errors, plain = found.errors(columns, factors.hessian), sign_mean(columns.T)
+        plain_errors = plain.errors(columns, factors.hessian)
+        if not plain_errors.sum() < errors.sum():
+            return found, errors
+        factors.rounded_rows += columns.shape[1]
+        return plain, plain_errors
 
     def layer_format(self, layer_name: str) -> LayerFormat:
         """One bit; the tensors say everything else."""

@@ -13,20 +13,19 @@ from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.qbb.algorithm import (
-    Bases,
-    compensated,
-    descend,
-    even_levels,
-    fitted_levels,
-    start_levels,
-    with_one_more,
-)
+from onecomp.quantizer.qbb.algorithm import descend, with_one_more
+from onecomp.quantizer.qbb.levels import Bases
 from onecomp.quantizer.qbb.result import QBBResult
+from onecomp.quantizer.qbb.starts import even_levels, fitted_levels, start_levels
+from onecomp.quantizer.qbb.walk import compensated
 
 STE_TYPES = ("clipped", "identity", "tanh")
-COLUMN_COST = 12_000_000
+COLUMN_COST = 7_000_000
 """Multiplications that take as long as the calls a column costs in all rounds, on a CPU."""
+WEIGHT_COST = 22_000
+"""The same for a weight, beside its share in products: starts, and the nearest of its levels."""
+BASIS_COST = 4500
+"""What each sign matrix adds to that."""
 USUAL_ROUNDS = 6
 """Rounds until the search ends by itself."""
 
@@ -118,31 +117,34 @@ class QBB(WeightQuantizer):
             "exclude_layer_names."
         ]
 
+    def bits_per_weight(
+        self,
+        layer_name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        wbits: int | float | None = None,
+    ) -> float:
+        """Sign matrices, and a scale of each for every group."""
+        bits = wbits or self.wbits
+        return bits + 16 * bits / (in_features if self.groupsize == -1 else self.groupsize)
+
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one: columns that matter most are decided first."""
         return (FactorKey(self.percdamp, by_activation=True),)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
-        """Calls by column, and the products of each round."""
+        """Calls by column, the products of each round, and what is done to each weight."""
         products = min(USUAL_ROUNDS, self.iters_per_basis) * (self.wbits + 3)
-        return float(in_features * (COLUMN_COST + products * num_rows * in_features))
+        by_weight = products * in_features + WEIGHT_COST + BASIS_COST * self.wbits
+        return float(in_features * (COLUMN_COST + num_rows * by_weight))
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, QBBResult]:
         """Quantize layers that share an input; their rows are solved together."""
         columns = torch.cat(list(weights.values())).T.contiguous()
-        plain = even_levels(columns, **self._counts(columns)).rounded(columns)
-        try:
-            factor = factors.at(self.percdamp, by_activation=True)
-        except QuantizationError as error:
-            factors.fallbacks.append(f"round to nearest: {error}")
-            found = plain
-        else:
-            hessian = damped_hessian(factors.hessian, self.percdamp)
-            hessian.diagonal().mul_(1 + self.drift_ratio)
-            found = self._solve(columns, hessian, factor)
-        bases, errors = _no_worse(found, plain, columns, factors)
+        bases, errors = self._no_worse(columns, self._solve(columns, factors), factors)
         sizes = [len(weight) for weight in weights.values()]
         codes = bases.codes.T.cpu().split(sizes)
         alpha = bases.levels.alpha.permute(2, 0, 1).to("cpu", torch.float16).split(sizes)
@@ -161,7 +163,20 @@ class QBB(WeightQuantizer):
         groups = 1 if self.groupsize == -1 else len(columns) // self.groupsize
         return {"num_bases": self.wbits, "num_groups": groups}
 
-    def _solve(
+    def _plain(self, columns: Float[Tensor, "in out"]) -> Bases:
+        return even_levels(columns, **self._counts(columns)).rounded(columns)
+
+    def _solve(self, columns: Float[Tensor, "in out"], factors: HessianFactors) -> Bases:
+        try:
+            factor = factors.at(self.percdamp, by_activation=True)
+        except QuantizationError as error:
+            factors.fallbacks.append(f"round to nearest: {error}")
+            return self._plain(columns)
+        hessian = damped_hessian(factors.hessian, self.percdamp)
+        hessian.diagonal().mul_(1 + self.drift_ratio)
+        return self._search(columns, hessian, factor)
+
+    def _search(
         self,
         columns: Float[Tensor, "in out"],
         hessian: Float[Tensor, "in in"],
@@ -170,8 +185,12 @@ class QBB(WeightQuantizer):
         importance, counts = hessian.diagonal(), self._counts(columns)
         first = self.progressive_bits if self.use_progressive_quantization else self.wbits
         levels = start_levels(columns, importance, **{**counts, "num_bases": first})
-        bases = compensated(columns, levels, factor)
-        bases = descend(columns, bases, hessian, num_rounds=self.iters_per_basis * first)
+        bases = descend(
+            columns,
+            compensated(columns, levels, factor),
+            hessian,
+            num_rounds=self.iters_per_basis * first,
+        )
         for _ in range(self.wbits - first):
             added = with_one_more(columns, bases, importance)
             levels = fitted_levels(columns, added.levels, importance)
@@ -181,15 +200,15 @@ class QBB(WeightQuantizer):
             bases = descend(columns, bases, hessian, num_rounds=self.iters_per_basis)
         return bases
 
-
-def _no_worse(
-    found: Bases, plain: Bases, columns: Float[Tensor, "in out"], factors: HessianFactors
-) -> tuple[Bases, Float[Tensor, "2 out"]]:
-    """Best of solved rows and plain ones, and each row's output error and output energy."""
-    solved, rounded = (part.errors(columns, factors.hessian) for part in (found, plain))
-    worse = rounded < solved
-    if worse.any():
-        factors.rounded_rows += int(worse.sum())
-        found = found.replace_rows(worse, plain)
-    energy = quadratic_form(columns, factors.hessian)
-    return found, torch.stack([torch.minimum(solved, rounded), energy])
+    def _no_worse(
+        self, columns: Float[Tensor, "in out"], found: Bases, factors: HessianFactors
+    ) -> tuple[Bases, Float[Tensor, "2 out"]]:
+        """Best of solved rows and plain ones, and each row's output error and output energy."""
+        plain = self._plain(columns)
+        solved, rounded = (part.errors(columns, factors.hessian) for part in (found, plain))
+        worse = rounded < solved
+        if worse.any():
+            factors.rounded_rows += int(worse.sum())
+            found = found.replace_rows(worse, plain)
+        energy = quadratic_form(columns, factors.hessian)
+        return found, torch.stack([torch.minimum(solved, rounded), energy])

@@ -13,7 +13,15 @@ from onecomp.job import quantizer_from_record, quantizer_record
 from onecomp.jobs import quantize_group
 from onecomp.planning.methods import method_shape
 from onecomp.qep import QEPConfig
-from onecomp.quantizer import QuantizationResult, Quantizer, ResultLoader
+from onecomp.quantizer import (
+    ARB,
+    CQ,
+    QBB,
+    Onebit,
+    QuantizationResult,
+    Quantizer,
+    ResultLoader,
+)
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.result_files import statistics_line
 from onecomp.statistics import GroupStatistics
@@ -194,6 +202,28 @@ def test_settings_can_be_written_down_and_planned_for(method):
     shape = method_shape(quantizer)
     assert shape.has_hessian == quantizer.flag_hessian
     assert quantizer.solve_cost(100, 96) > 0
+
+
+BINARY = [
+    Onebit(iters=1),
+    ARB(arb_iters=1),
+    ARB(arb_iters=1, groupsize=32),
+    CQ(refine_iters=1),
+    CQ(refine_iters=1, groupsize=32),
+    CQ(refine_iters=1, each_row=False),
+    QBB(wbits=3, iters_per_basis=1),
+    QBB(wbits=2, iters_per_basis=1, groupsize=32),
+]
+
+
+@pytest.mark.parametrize("quantizer", BINARY, ids=lambda q: q.name)
+def test_binary_methods_say_what_signs_and_scales_take(quantizer):
+    weight = draw(64, 96)
+    factors = HessianFactors(statistics().hessian(), 500)
+    result = quantizer.quantize_weights({"a": weight}, factors)["a"]
+    scales = [t for t in result.tensors().values() if t.dtype == torch.float16]
+    num_bits = getattr(quantizer, "wbits", 1) * weight.numel() + 16 * sum(map(Tensor.numel, scales))
+    assert quantizer.bits_per_weight("a", 96, 64) * weight.numel() == pytest.approx(num_bits)
 
 
 @every_method

@@ -3,19 +3,16 @@ import torch
 from torch import Tensor
 
 from onecomp.linalg import HessianFactor, damped_hessian
-from onecomp.quantizer.qbb.algorithm import (
-    Bases,
-    Levels,
-    compensated,
-    descend,
+from onecomp.quantizer.qbb.algorithm import descend, with_one_more
+from onecomp.quantizer.qbb.fit import refitted
+from onecomp.quantizer.qbb.levels import Bases, Levels
+from onecomp.quantizer.qbb.starts import (
     even_levels,
     fitted_levels,
     greedy_levels,
-    moved,
-    refitted,
     start_levels,
-    with_one_more,
 )
+from onecomp.quantizer.qbb.walk import compensated, moved
 
 PERCDAMP = 0.01
 
