@@ -70,8 +70,8 @@ class JobOptions:
         self._require_known(chosen)
         if not chosen.has_groups:
             return chosen.make(self, -1)
-        if self.groupsize is not None:
-            return chosen.make(self, self.groupsize)
+        if self.groupsize is not None or not chosen.fits_groups:
+            return chosen.make(self, -1 if self.groupsize is None else self.groupsize)
         groupsize = default_groupsize(chosen.make(self, -1), build())
         logger.info("groupsize %d: the largest of 128, 64, 32 that divides every layer", groupsize)
         return chosen.make(self, groupsize)
@@ -121,6 +121,8 @@ class Method:
     """The option that chooses its bits, if any."""
     has_groups: bool = True
     """Whether it has groups of columns that share a scale."""
+    fits_groups: bool = True
+    """Whether a group size is chosen that fits the model; else a row is one group by default."""
 
     @property
     def remark(self) -> str:
@@ -174,7 +176,7 @@ METHODS: Mapping[str, Method] = {
     "quip": Method(lambda options, _: QUIP(wbits=options.whole_bits), has_groups=False),
     "qbb": Method(lambda options, _: QBB(wbits=options.whole_bits), has_groups=False),
     "onebit": Method(lambda *_: Onebit(), bits=None, has_groups=False),
-    "arb": Method(lambda _, groupsize: ARB(groupsize=groupsize), bits=None),
-    "cq": Method(lambda _, groupsize: CQ(groupsize=groupsize), bits=None),
+    "arb": Method(lambda _, groupsize: ARB(groupsize=groupsize), bits=None, fits_groups=False),
+    "cq": Method(lambda _, groupsize: CQ(groupsize=groupsize), bits=None, fits_groups=False),
 }
 """By the name that ``--quantizer`` takes."""

@@ -46,6 +46,8 @@ def test_bits_and_groups_are_handed_on(skeleton):
     assert isinstance(made, JointQ)
     assert (made.bits, made.group_size, made.symmetric) == (3, 32, True)
     assert options("jointq", groupsize=-1).method(lambda: skeleton).group_size is None
+    assert options("cq").method(lambda: skeleton).groupsize == -1
+    assert options("cq", groupsize=32).method(lambda: skeleton).groupsize == 32
     made = options("dbf", target_bits=1.25).method(lambda: skeleton)
     assert isinstance(made, DBF)
     assert made.target_bits == 1.25
