@@ -40,6 +40,7 @@ class AutoBitQuantizer(WeightQuantizer):
     (Martens and Grosse, 2015, arXiv:1503.05671).
 
     Example:
+        >>> from onecomp import RTN
         >>> AutoBitQuantizer(quantizers=[RTN(wbits=2), RTN(wbits=4)], target_bit=3).name
         'AutoBit_3bit'
     """

@@ -271,8 +271,8 @@ def test_another_models_layer_is_refused(checkpoint):
             "'awq' is unknown. Known methods: autobit, dbf",
         ),
         (
-            lambda q: q["quantization_bits"][0]["self_attn.q_proj"].update(method="dbf"),
-            f"{Q_PROJ}: method 'dbf' is unknown. Known: gptq",
+            lambda q: q["quantization_bits"][0]["self_attn.q_proj"].update(method="awq"),
+            f"{Q_PROJ}: method 'awq' is unknown. Known: dbf, gptq",
         ),
     ],
 )
