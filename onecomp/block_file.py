@@ -10,8 +10,10 @@ from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from onecomp.errors import InputError
+from onecomp.export.bits import pack_bits, unpack_bits
 from onecomp.export.checkpoint import METADATA, read_header, write_shard
 from onecomp.quantizer.result import QuantizationResult, narrow
 from onecomp.storage import AnyPath, local_file
@@ -32,16 +34,22 @@ def write_block_file(
         results: By layer name.
         journal: The block's events, as plain JSON values.
     """
+    stored = {name: _stored(result) for name, result in results.items()}
     tensors = {
-        f"{name}{SEPARATOR}{key}": narrow(tensor)
-        for name, result in results.items()
-        for key, tensor in result.tensors().items()
+        f"{name}{SEPARATOR}{key}": tensor
+        for name, of_result in stored.items()
+        for key, tensor in of_result.items()
     }
     header = {
         name: {
             "type": type(result).__name__,
             "values": result.values(),
             "dtypes": {key: str(t.dtype)[6:] for key, t in result.tensors().items()},
+            "bits": {
+                key: {"shape": list(t.shape), "low": low}
+                for key, t in result.tensors().items()
+                if (low := _low(t)) is not None
+            },
         }
         for name, result in results.items()
     }
@@ -136,9 +144,29 @@ def _naming(path: AnyPath) -> Iterator[None]:
         ) from error
 
 
-def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:
-    tensors = {
-        key: file.get_tensor(f"{name}{SEPARATOR}{key}").to(getattr(torch, dtype))
-        for key, dtype in entry["dtypes"].items()
+def _stored(result: QuantizationResult) -> dict[str, Tensor]:
+    """A result's tensors in few bytes: those of two values as bits, other integers narrow."""
+    return {
+        key: narrow(tensor) if _low(tensor) is None else pack_bits(tensor == 1)
+        for key, tensor in result.tensors().items()
     }
+
+
+def _low(tensor: Tensor) -> int | None:
+    """The lower value of a matrix of bytes that holds only 1 and -1 or 0; None for others."""
+    if tensor.dtype not in (torch.int8, torch.uint8) or tensor.ndim != 2 or not len(tensor):
+        return None
+    low = min(int(tensor.min()), 0)
+    return low if low >= -1 and bool(((tensor == 1) | (tensor == low)).all()) else None
+
+
+def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:
+    bits = entry.get("bits", {})
+    tensors = {}
+    for key, dtype in entry["dtypes"].items():
+        tensor = file.get_tensor(f"{name}{SEPARATOR}{key}")
+        if key in bits:
+            low = bits[key]["low"]
+            tensor = torch.where(unpack_bits(tensor, bits[key]["shape"]) > 0, 1, low)
+        tensors[key] = tensor.to(getattr(torch, dtype))
     return QuantizationResult.restore(entry["type"], tensors, entry["values"])

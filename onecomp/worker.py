@@ -432,8 +432,8 @@ def _numbers(result: QuantizationResult) -> dict[str, float | None]:
     numbers: dict[str, float | None] = {
         name: value for name, value in result.get_statistics().items() if value is not None
     }
-    bits = result.values().get("wbits")
-    return numbers | {"bits": float(bits)} if isinstance(bits, int) else numbers
+    bits = result.nominal_bits()
+    return numbers if bits is None else numbers | {"bits": float(bits)}
 
 
 def peak_memory_bytes() -> int:

@@ -12,6 +12,8 @@ from onecomp.errors import ConfigError
 
 NARROW = {"int32": torch.uint8, "int64": torch.int32}
 """Integers are sent and stored in these dtypes where every value fits."""
+BITS = ("wbits", "bits", "target_bits")
+"""Fields that say how many bits a weight was to have."""
 AnyResult = TypeVar("AnyResult", bound="QuantizationResult")
 STATISTICS = (
     "quantization_time",
@@ -116,6 +118,11 @@ class QuantizationResult:
         """The inverse of ``narrowed``."""
         dtypes = self._sent_as
         return replace(self, **{n: self.tensors()[n].to(dtype) for n, dtype in dtypes.items()})
+
+    def nominal_bits(self) -> int | float | None:
+        """Bits per weight that were asked for, scales aside; None where the method has one size."""
+        values = self.values()
+        return next((values[name] for name in BITS if values.get(name) is not None), None)
 
     def get_statistics(self) -> dict[str, float | None]:
         """The seven scalar fields by name."""
