@@ -121,8 +121,8 @@ class QuantizationResult:
 
     def nominal_bits(self) -> int | float | None:
         """Bits per weight that were asked for, scales aside; None where the method has one size."""
-        values = self.values()
-        return next((values[name] for name in BITS if values.get(name) is not None), None)
+        found = (value for name, value in self.values().items() if name in BITS)
+        return next((bits for bits in found if isinstance(bits, int | float)), None)
 
     def get_statistics(self) -> dict[str, float | None]:
         """The seven scalar fields by name."""
