@@ -156,6 +156,10 @@ def _jointq(options: JobOptions, groupsize: int) -> Quantizer:
     )
 
 
+def _qbb(options: JobOptions, groupsize: int) -> Quantizer:
+    return QBB(wbits=options.whole_bits, groupsize=groupsize)
+
+
 def _dbf(options: JobOptions, groupsize: int) -> Quantizer:
     del groupsize
     return DBF() if options.target_bits is None else DBF(target_bits=options.target_bits)
@@ -174,7 +178,7 @@ METHODS: Mapping[str, Method] = {
     "autobit": Method(_autobit, bits="target_bits"),
     "dbf": Method(_dbf, bits="target_bits", has_groups=False),
     "quip": Method(lambda options, _: QUIP(wbits=options.whole_bits), has_groups=False),
-    "qbb": Method(lambda options, _: QBB(wbits=options.whole_bits), has_groups=False),
+    "qbb": Method(_qbb, fits_groups=False),
     "onebit": Method(lambda *_: Onebit(), bits=None, has_groups=False),
     "arb": Method(lambda _, groupsize: ARB(groupsize=groupsize), bits=None, fits_groups=False),
     "cq": Method(lambda _, groupsize: CQ(groupsize=groupsize), bits=None, fits_groups=False),

@@ -135,6 +135,8 @@ def mixed_quant_config(
     if len(configs) == 1:
         return dict(configs[0])
     methods = {LAYER_METHODS[config["quant_method"]] for config in configs}
+    if len(methods) == 1 and methods != {"gptq"}:
+        return dict(configs[0])
     if methods != {"gptq"}:
         return {"quant_method": "autobit", "bits": average_bits, "checkpoint_format": "gptq"}
     has_order = any(config["desc_act"] for config in configs)

@@ -126,6 +126,9 @@ def probed(estimate: Estimate, request: Request, place: Place) -> tuple[Estimate
         ConfigError: The plan is for another kind of device than this machine has.
         InputError: The probe would take too long.
     """
+    if request.quantizer.needs_survey:
+        rule = "is not known before its survey. Leave out --probe."
+        raise ConfigError("plan", [f"what {request.quantizer.name} does with each layer {rule}"])
     started_s = time.process_time()
     table = place.table or load_table()
     here = hardware_here(table)

@@ -81,9 +81,9 @@ class Quantizer(ABC):
             cls.row_separable = False
 
     def __post_init__(self) -> None:
+        self.validate_params()
         if self.name is None or isinstance(self.name, DefaultName):
             self.name = DefaultName(self.default_name())
-        self.validate_params()
 
     def default_name(self) -> str:
         """Name built from the class and its main settings."""

@@ -1,11 +1,12 @@
 """Several methods for the same layers, from one pass over their statistics."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from onecomp.errors import LayerError
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
@@ -119,6 +120,20 @@ class Several(WeightQuantizer):
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """That of all methods."""
         return sum(method.solve_cost(num_rows, in_features) for method in self.quantizers)
+
+    def quantize_layer(
+        self,
+        module: nn.Module,
+        input: Sequence[Tensor] | Tensor | None = None,  # noqa: A002 - documented name
+        hessian: Tensor | None = None,
+    ) -> QuantizationResult:
+        """Always refuses: a layer has one result here for each method.
+
+        Raises:
+            LayerError: Always.
+        """
+        name = self.module_to_name.get(module, "the layer")
+        raise LayerError(name, "give it to each of the methods, or all of them to a Runner.")
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None

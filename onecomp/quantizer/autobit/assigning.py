@@ -8,9 +8,14 @@ from onecomp.quantizer.autobit.algorithm import TiedSet, allocate, reach, tie
 from onecomp.quantizer.autobit.assignment import Assignment, LayerChoice
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.dbf import DBF
+from onecomp.quantizer.dbf.rank import stored_bits
 
 Shapes = Mapping[str, tuple[int, int]]
 """``(out_features, in_features)`` of every target layer by full name."""
+
+
+BISECTIONS = 20
+"""Halvings of the bits between which those of DBF are looked for."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,21 @@ class Assigner:
         )
 
     def only_dbf(self, shapes: Shapes) -> Assignment:
-        """DBF of the target's bits for every layer; DBF has no scales to add to them."""
-        bits = float(self.target_bit)
+        """DBF for every layer, with the target's bits or what keeps to it with scales."""
+        bits = self._dbf_bits(shapes)
         layers = {name: self._dbf_choice(name, shapes, 0, bits) for name in shapes}
         return Assignment(layers, self.target(shapes), (bits,))
+
+    def _dbf_bits(self, shapes: Shapes) -> float:
+        target, most = self.target(shapes), float(self.target_bit)
+        if _average_with_dbf(shapes, most) <= target:
+            return most
+        least = 0.0
+        for _ in range(BISECTIONS):
+            middle = (least + most) / 2
+            fits = _average_with_dbf(shapes, middle) <= target
+            least, most = (middle, most) if fits else (least, middle)
+        return round(least, 4) - 1e-4
 
     def assign(self, shapes: Shapes, errors: Mapping[str, Sequence[float]]) -> Assignment:
         """The assignment with the least sum of errors that keeps to the target.
@@ -167,12 +183,17 @@ class Assigner:
         return sets
 
     def _with_dbf(self, found: Assignment, shapes: Shapes) -> Assignment:
-        """Layers of few bits get DBF with the bits that their candidate's codes have."""
-        few = {
-            name: float(self.candidates[choice.child].layer_format(name).bits)
+        """Layers of few bits get DBF with their codes' bits where that stores no more."""
+        codes = {
+            name: _code_bits(self.candidates[choice.child], name)
             for name, choice in found.layers.items()
             if choice.bits <= self.dbf_threshold
-            and not isinstance(self.candidates[choice.child], DBF)
+        }
+        few = {
+            name: float(bits)
+            for name, bits in codes.items()
+            if bits is not None
+            and stored_bits(*shapes[name], float(bits)) <= found.layers[name].bits
         }
         bits = sorted(set(few.values()))
         changed = {
@@ -190,6 +211,21 @@ class Assigner:
 
     def _dbf(self, bits: float) -> DBF:
         return dbf_of(bits, self.dbf_iters)
+
+
+def _average_with_dbf(shapes: Shapes, bits: float) -> float:
+    """Stored bits a weight with DBF of so many bits in every layer."""
+    total = sum(math.prod(shape) * stored_bits(*shape, bits) for shape in shapes.values())
+    return total / _num_weights(shapes)
+
+
+def _code_bits(candidate: Quantizer, layer_name: str) -> int | float | None:
+    """Bits of integer codes; None for methods that store something else."""
+    try:
+        stored = candidate.layer_format(layer_name)
+    except NotImplementedError:
+        return None
+    return stored.bits if stored.method == "gptq" else None
 
 
 def dbf_of(bits: float, iters: int | None) -> DBF:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onecomp.errors import QuantizationError
 from onecomp.export.quant_config import LayerFormat, dbf_format, dbf_quant_config
+from onecomp.linalg import all_finite
 from onecomp.quantizer.baseline import nearest_weight, sign_mean_weight
 from onecomp.quantizer.checks import as_number, is_whole
 from onecomp.quantizer.dbf.admm import Search
@@ -201,8 +202,12 @@ class DBF(WeightQuantizer):
     def baseline(
         self, layer_name: str, weight: Float[Tensor, "_ in"]
     ) -> Float[Tensor, "_ in"] | None:
-        """Signs with their rows' mean below two bits, else rounding to the whole bits in them."""
-        bits = int(self.layer_bits(layer_name))
+        """Signs with their rows' mean below two bits, else rounding to the whole bits in them.
+
+        Bits are those that the shape has room for.
+        """
+        room = _most_bits((weight.shape[0], weight.shape[1]))
+        bits = int(min(self.layer_bits(layer_name), room))
         if bits < 2:
             return sign_mean_weight(weight)
         return nearest_weight(weight, wbits=min(bits, MOST_BITS))
@@ -299,7 +304,11 @@ def _stacked(weights: list[Tensor]) -> Float[Tensor, "layers out in"]:
 
 
 def _half(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", torch.float16).contiguous()
+    half = tensor.to("cpu", torch.float16).contiguous()
+    if not all_finite(half):
+        largest = tensor.abs().max().item()
+        raise QuantizationError(f"A scale of {largest:.3g} does not fit float16 (largest 65504).")
+    return half
 
 
 def _most_bits(shape: tuple[int, int]) -> float:

@@ -143,7 +143,8 @@ class JointQ(WeightQuantizer):
             problems.append(
                 f"lambda_mode={self.lambda_mode!r}: must be {FIXED!r} or {INCREMENTAL!r}."
             )
-        steps = [as_number(value) for value in self.lambda_list or ()]
+        is_list = isinstance(self.lambda_list, list | tuple)
+        steps = [as_number(value) for value in self.lambda_list] if is_list else []
         if not steps or not all(
             low < high for low, high in zip([-1e-9, *steps], steps, strict=False)
         ):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onecomp.calibration import CalibrationConfig
-from onecomp.errors import ConfigError, QuantizationError
+from onecomp.errors import ConfigError, LayerError, QuantizationError
 from onecomp.executor import LocalExecutor
 from onecomp.export.load import load_quantized_model
 from onecomp.export.verify import verify_checkpoint
@@ -141,10 +141,17 @@ def test_more_bits_lower_the_error_and_plain_rounding_is_beaten(bits):
 
 
 def test_plain_rounding_to_compare_with_has_no_more_bits():
-    weight = draw(8, 16)
+    weight = draw(16, 16)
     by_name = DBF(target_bits=1.5, module_target_bits={"b": 2.5})
     assert torch.equal(by_name.baseline("a", weight), sign_mean_weight(weight))
     assert torch.equal(by_name.baseline("b", weight), nearest_weight(weight, wbits=2))
+    wide = draw(8, 16)  # has room for 1.5
+    assert torch.equal(by_name.baseline("b", wide), sign_mean_weight(wide))
+
+
+def test_scales_beyond_float16_are_refused():
+    with pytest.raises(LayerError, match=r"q: A scale of .* does not fit float16"):
+        quantize_group(FAST, {"q": 1e12 * draw(16, 32)}, statistics_of(32), None)
 
 
 def test_layers_of_several_shapes_keep_their_order_and_their_own_bits():
