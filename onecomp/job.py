@@ -17,10 +17,10 @@ from onecomp.errors import ConfigError, InputError
 from onecomp.models import ModelConfig, ModelLayout, ModelSource, Skeleton, inspect_model
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import Quantizer
+from onecomp.quantizer.layer_settings import USUAL_GROUP_SIZES
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GROUPSIZES = (128, 64, 32)
 VERSIONED = ("torch", "transformers", "safetensors")
 IDENTITY = ("model", "quantizer", "calibration", "qep")
 """Parts of a run's record that fix its result; the rest says how and where it was made."""
@@ -233,7 +233,7 @@ def default_groupsize(quantizer: Quantizer, skeleton: Skeleton) -> int:
     layers = quantizer.select_layers(skeleton.model)
     widths = {layer.in_features for layer in layers.values()}
     return next(
-        (size for size in DEFAULT_GROUPSIZES if all(width % size == 0 for width in widths)), -1
+        (size for size in USUAL_GROUP_SIZES if all(width % size == 0 for width in widths)), -1
     )
 
 

@@ -178,14 +178,3 @@ def search_problems(groupsize: object, percdamp: object, drift_ratio: object) ->
     if not as_number(drift_ratio) >= 0:
         problems.append(f"drift_ratio={drift_ratio!r}: must be 0 or more.")
     return problems
-
-
-def group_problems(groupsize: int, layer_name: str, in_features: int) -> list[str]:
-    """Group sizes have to divide ``in_features``."""
-    if groupsize == -1 or in_features % groupsize == 0:
-        return []
-    return [
-        f"groupsize={groupsize} must divide in_features, but {layer_name} has "
-        f"in_features={in_features} ({in_features} % {groupsize} = {in_features % groupsize}). "
-        "Use a divisor, or exclude the layer with exclude_layer_names."
-    ]

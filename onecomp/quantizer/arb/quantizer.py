@@ -12,10 +12,11 @@ from torch import Tensor
 from onecomp.quantizer.arb.algorithm import staged_levels
 from onecomp.quantizer.arb.result import ARBResult
 from onecomp.quantizer.binary import Binary
-from onecomp.quantizer.binary_group import BinarySearch, group_problems, search_problems
+from onecomp.quantizer.binary_group import BinarySearch, search_problems
 from onecomp.quantizer.checks import is_whole
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
+from onecomp.quantizer.layer_settings import group_problems
 
 
 @dataclass
@@ -60,7 +61,7 @@ class ARB(WeightQuantizer):
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""
-        return group_problems(self.groupsize, layer_name, in_features)
+        return group_problems("groupsize", self.groupsize, layer_name, in_features)
 
     def bits_per_weight(
         self,

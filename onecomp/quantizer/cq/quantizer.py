@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.quantizer.binary import Binary, Levels
-from onecomp.quantizer.binary_group import BinarySearch, group_problems, search_problems
+from onecomp.quantizer.binary_group import BinarySearch, search_problems
 from onecomp.quantizer.binary_levels import by_group
 from onecomp.quantizer.checks import is_whole
 from onecomp.quantizer.cq.algorithm import two_clusters
 from onecomp.quantizer.cq.result import CQResult
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
+from onecomp.quantizer.layer_settings import group_problems
 
 
 @dataclass
@@ -73,7 +74,7 @@ class CQ(WeightQuantizer):
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""
-        return group_problems(self.groupsize, layer_name, in_features)
+        return group_problems("groupsize", self.groupsize, layer_name, in_features)
 
     def bits_per_weight(
         self,

@@ -20,6 +20,7 @@ from onecomp.quantizer.dbf.rank import achievable_bits, is_clamped, rank_of, sto
 from onecomp.quantizer.dbf.result import DBFResult, packed_signs
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
+from onecomp.quantizer.layer_settings import setting_of
 
 PLANNED_STEPS = 16
 """Steps of the alternation, where ``iters`` allows so many: the penalty rises within them. More
@@ -129,11 +130,7 @@ class DBF(WeightQuantizer):
         >>> DBF.resolve_bits("model.layers.0.mlp.up_proj", 1.5, mlp_bits=1.25)
         1.25
         """
-        if layer_name is None:
-            return default_bits
-        if module_bits and layer_name in module_bits:
-            return module_bits[layer_name]
-        return mlp_bits if mlp_bits is not None and "mlp" in layer_name else default_bits
+        return setting_of(layer_name, default_bits, mlp_bits, module_bits)
 
     def layer_bits(self, layer_name: str) -> float:
         """Bits that were asked for of one layer."""

@@ -25,6 +25,7 @@ from onecomp.quantizer.gptq.algorithm import (
 )
 from onecomp.quantizer.gptq.result import GPTQResult
 from onecomp.quantizer.grid import SEARCH_COST, GridSearch, stored_bits
+from onecomp.quantizer.layer_settings import fitting_sizes, group_problems, setting_of
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
 SMALLEST_PERCDAMP = 3.95e-4
@@ -128,16 +129,9 @@ class GPTQ(WeightQuantizer):
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""
-        groupsize = self.resolve_groupsize(layer_name, self.groupsize, self.mlp_groupsize)
-        if groupsize == -1 or in_features % groupsize == 0:
-            return []
-        fitting = [size for size in (128, 64, 32) if in_features % size == 0]
-        remedy = f"Use groupsize={' or '.join(map(str, fitting or [-1]))}"
-        return [
-            f"groupsize={groupsize} must divide in_features, but {layer_name} has "
-            f"in_features={in_features} ({in_features} % {groupsize} = {in_features % groupsize}). "
-            f"{remedy}, or exclude the layer with exclude_layer_names."
-        ]
+        size = self.resolve_groupsize(layer_name, self.groupsize, self.mlp_groupsize)
+        remedy = fitting_sizes("groupsize", in_features, -1)
+        return group_problems("groupsize", size, layer_name, in_features, remedy)
 
     @staticmethod
     def resolve_bits(
@@ -151,19 +145,14 @@ class GPTQ(WeightQuantizer):
         >>> GPTQ.resolve_bits("model.layers.0.mlp.up_proj", 4, mlp_bits=3)
         3
         """
-        if layer_name is None:
-            return default_bits
-        if module_bits and layer_name in module_bits:
-            return module_bits[layer_name]
-        return mlp_bits if mlp_bits is not None and "mlp" in layer_name else default_bits
+        return setting_of(layer_name, default_bits, mlp_bits, module_bits)
 
     @staticmethod
     def resolve_groupsize(
         layer_name: str | None, default_groupsize: int, mlp_groupsize: int | None = None
     ) -> int:
         """Columns per group of a layer: for MLPs, else the default."""
-        is_mlp = layer_name is not None and "mlp" in layer_name
-        return mlp_groupsize if is_mlp and mlp_groupsize is not None else default_groupsize
+        return setting_of(layer_name, default_groupsize, mlp_groupsize)
 
     def layer_bits(self, layer_name: str | None) -> LayerBits:
         """Bits and group size of one layer."""

@@ -23,6 +23,7 @@ from onecomp.quantizer.jointq.perturbation import Perturbation
 from onecomp.quantizer.jointq.problem import Kept, Problem, damped, regularizer
 from onecomp.quantizer.jointq.result import JointQResult
 from onecomp.quantizer.jointq.starts import GPTQStart, Starts, in_group_order
+from onecomp.quantizer.layer_settings import fitting_sizes, group_problems
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
 FIXED, INCREMENTAL = "fixed_lambda", "incremental_lambda"
@@ -182,16 +183,9 @@ class JointQ(WeightQuantizer):
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""
-        if self.group_size is None or in_features % self.group_size == 0:
-            return []
-        fitting = [size for size in (128, 64, 32) if in_features % size == 0]
-        return [
-            f"group_size={self.group_size} must divide in_features, but {layer_name} has "
-            f"in_features={in_features} ({in_features} % {self.group_size} = "
-            f"{in_features % self.group_size}). Use "
-            f"group_size={' or '.join(map(str, fitting or [None]))}, or exclude the layer with "
-            "exclude_layer_names."
-        ]
+        size = -1 if self.group_size is None else self.group_size
+        remedy = fitting_sizes("group_size", in_features, None)
+        return group_problems("group_size", size, layer_name, in_features, remedy)
 
     def bits_per_weight(
         self,

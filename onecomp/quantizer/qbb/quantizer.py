@@ -13,6 +13,7 @@ from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
+from onecomp.quantizer.layer_settings import group_problems
 from onecomp.quantizer.qbb.algorithm import descend, with_one_more
 from onecomp.quantizer.qbb.levels import Bases
 from onecomp.quantizer.qbb.result import QBBResult
@@ -108,14 +109,7 @@ class QBB(WeightQuantizer):
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""
-        if self.groupsize == -1 or in_features % self.groupsize == 0:
-            return []
-        return [
-            f"groupsize={self.groupsize} must divide in_features, but {layer_name} has "
-            f"in_features={in_features} ({in_features} % {self.groupsize} = "
-            f"{in_features % self.groupsize}). Use a divisor, or exclude the layer with "
-            "exclude_layer_names."
-        ]
+        return group_problems("groupsize", self.groupsize, layer_name, in_features)
 
     def bits_per_weight(
         self,
