@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from onecomp.errors import LayerError
 from onecomp.quantizer.base import Quantizer
-from onecomp.quantizer.factors import FactorKey, HessianFactors
-from onecomp.quantizer.from_weights import WeightQuantizer
+from onecomp.quantizer.factors import FactorKey
 from onecomp.quantizer.result import QuantizationResult
 
 SEPARATOR = ": "
@@ -24,17 +22,8 @@ SELECTION = (
 )
 
 
-def layer_of(result_name: str) -> str:
-    """The layer that a result is of, whichever method it is by.
-
-    >>> layer_of("GPTQ_4bit_gs128: model.layers.0.mlp.up_proj")
-    'model.layers.0.mlp.up_proj'
-    """
-    return result_name.rpartition(SEPARATOR)[2]
-
-
 @dataclass
-class Several(WeightQuantizer):
+class Several(Quantizer):
     """Each method quantizes every layer on the original model's inputs; none sees another's errors.
 
     Results are named ``method: layer``, see ``results_of``.
@@ -134,18 +123,6 @@ class Several(WeightQuantizer):
         """
         name = self.module_to_name.get(module, "the layer")
         raise LayerError(name, "give it to each of the methods, or all of them to a Runner.")
-
-    def quantize_weights(
-        self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
-    ) -> dict[str, QuantizationResult]:
-        """Results of every method, named ``method: layer``."""
-        return {
-            prefix + name: result
-            for prefix, method in self.methods().items()
-            for name, result in method.quantize_weights(
-                weights, factors if method.flag_hessian else None
-            ).items()
-        }
 
 
 class ResultsOf(Mapping[str, QuantizationResult]):

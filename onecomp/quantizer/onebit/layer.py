@@ -1,6 +1,5 @@
 """The layer that computes with signs and two vectors of scales, as the checkpoint holds them."""
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onecomp.errors import InputError
-from onecomp.export.bits import unpack_bits
+from onecomp.export.bits import num_bytes, unpack_bits
 from onecomp.export.quant_config import LayerFormat
 from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.onebit.result import OnebitResult
@@ -50,8 +49,9 @@ class OnebitLinear(QuantLinear):
             for size in (out_features, in_features)
         )
         self.a, self.b = nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False)
-        num_bytes = math.ceil(out_features * in_features / 8)
-        packed = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        packed = torch.empty(
+            num_bytes(out_features * in_features), dtype=torch.uint8, device=device
+        )
         self.register_buffer("sign_packed", packed)
         bias_values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", bias_values)
