@@ -17,6 +17,7 @@ from onecomp.errors import ConfigError, LayerError
 from onecomp.linalg import one_thread
 from onecomp.qep.correction import corrected_weight
 from onecomp.quantizer import result_files
+from onecomp.quantizer.checks import is_texts, is_whole
 from onecomp.quantizer.errors_of import RowErrors
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.inference import inference_layer
@@ -26,6 +27,13 @@ from onecomp.statistics import GroupStatistics
 
 RUN_STATE = ("module_to_name", "results")
 """Fields that a run fills; everything else is a setting."""
+CHOICES = (
+    "include_layer_names",
+    "exclude_layer_names",
+    "include_layer_keywords",
+    "exclude_layer_keywords",
+)
+"""Settings that choose layers."""
 METHODS = {"quantize_layer", "quantize_weights"}
 """What says how a method quantizes."""
 
@@ -99,8 +107,23 @@ class Quantizer(ABC):
         Raises:
             ConfigError: With all problems at once; it is a ``ValueError``.
         """
-        if problems := self.problems():
+        if problems := self._shared_problems() + self.problems():
             raise ConfigError(type(self).__name__, problems)
+
+    def _shared_problems(self) -> list[str]:
+        """What is wrong with switches, of any method, and with the choice of layers."""
+        problems = [
+            f"{name}={value!r}: must be True or False."
+            for name in (switch.name for switch in fields(self) if switch.type is bool)
+            if not isinstance(value := getattr(self, name), bool)
+        ]
+        if not (self.num_layers is None or is_whole(self.num_layers, 0)):
+            problems.append(f"num_layers={self.num_layers!r}: must be 0 or more, or None for all.")
+        return problems + [
+            f"{name}={value!r}: must be a list of texts, or None."
+            for name in CHOICES
+            if not is_texts(value := getattr(self, name))
+        ]
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """What keeps this layer from being quantized with these settings, one sentence each."""

@@ -19,6 +19,18 @@ def is_group_size(value: object) -> bool:
     return is_whole(value, -1) and value != 0
 
 
+def is_texts(value: object) -> bool:
+    """Whether the value is a collection of texts, or None; a text alone is none.
+
+    >>> is_texts(["lm_head"]), is_texts(None), is_texts("lm_head"), is_texts([1])
+    (True, True, False, False)
+    """
+    if value is None:
+        return True
+    is_collection = isinstance(value, list | tuple | set | frozenset)
+    return is_collection and all(isinstance(item, str) for item in value)
+
+
 def as_number(value: object) -> float:
     """The value of a finite number; NaN, which passes no comparison, for anything else.
 

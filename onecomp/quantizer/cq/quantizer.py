@@ -63,9 +63,7 @@ class CQ(WeightQuantizer):
             problems.append(
                 f"refine_iters={self.refine_iters!r}: must be a whole number, 0 or more."
             )
-        if not isinstance(self.each_row, bool):
-            problems.append(f"each_row={self.each_row!r}: must be True or False.")
-        elif not self.each_row and self.groupsize != -1:
+        if not self.each_row and self.groupsize != -1:
             problems.append(
                 f"each_row=False, groupsize={self.groupsize!r}: one pair of means for the whole "
                 "layer has no groups. Use groupsize=-1."

@@ -9,6 +9,7 @@ from live_bytes import peak_bytes
 from torch import Tensor, nn
 
 from onecomp.block_file import read_block_file, write_block_file
+from onecomp.errors import ConfigError
 from onecomp.job import quantizer_from_record, quantizer_record
 from onecomp.jobs import quantize_group
 from onecomp.planning.methods import method_shape
@@ -241,3 +242,18 @@ def test_memory_is_at_most_four_times_weight_and_hessian(method):
 def test_a_dash_stands_for_what_was_not_measured():
     line = statistics_line(QuantizationResult(dequantized_weight=draw(2, 2)))
     assert line.count(" -") == 7
+
+
+@every_method
+def test_switches_and_the_choice_of_layers_are_checked_with_everything_else(method: str):
+    quantizer = METHODS[method]()
+    switches = [f.name for f in dataclasses.fields(quantizer) if f.type is bool]
+    for name in switches:
+        setattr(quantizer, name, "no")
+    quantizer.num_layers, quantizer.include_layer_names = -1, "mlp"
+    with pytest.raises(ConfigError) as caught:
+        quantizer.validate_params()
+    for name in switches:
+        assert f"{name}='no': must be True or False." in str(caught.value)
+    assert "num_layers=-1: must be 0 or more, or None for all." in str(caught.value)
+    assert "include_layer_names='mlp': must be a list of texts, or None." in str(caught.value)
