@@ -20,6 +20,7 @@ from onecomp.quantizer.binary import (
     sign_mean,
 )
 from onecomp.quantizer.checks import as_number, is_group_size
+from onecomp.quantizer.drift import drift_problems, drifted
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
@@ -111,24 +112,14 @@ class BinarySearch:
     ) -> tuple[Binary, Float[Tensor, "2 out"]]:
         """The best of each row, and its output error and output energy."""
         hessian, factor = factors.hessian, self._factor(factors)
-        drifted = self.drifted(hessian)
+        noisy = drifted(hessian, self.drift_ratio)
         first = starts(columns, importance_of(hessian), self.num_groups)
-        found = [self._search(columns, levels, factor, drifted) for levels in first]
-        best, _, _ = best_rows(columns, found, drifted, tied=self.tied)
+        found = [self._search(columns, levels, factor, noisy) for levels in first]
+        best, _, _ = best_rows(columns, found, noisy, tied=self.tied)
         plain = sign_mean(columns, self.num_groups, tied=self.tied)
         best, errors, chosen = best_rows(columns, [best, plain], hessian, tied=self.tied)
         factors.rounded_rows += int(chosen.sum())
         return best, torch.stack([errors, quadratic_form(columns, hessian)])
-
-    def drifted(self, hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-        """The Hessian of inputs with independent noise of ``drift_ratio``: the search is under it.
-
-        One bit bends the inputs of all later layers. A search under the Hessian as it is pays for
-        the inputs it shows with directions that they leave empty, and those fill.
-        """
-        drifted = hessian.clone()
-        drifted.diagonal().mul_(1 + self.drift_ratio)
-        return drifted
 
     def _factor(self, factors: HessianFactors) -> HessianFactor | None:
         key = self.factor_key
@@ -175,6 +166,4 @@ def search_problems(groupsize: object, percdamp: object, drift_ratio: object) ->
         problems.append(f"groupsize={groupsize!r}: must be -1 (one group a row) or at least 1.")
     if not as_number(percdamp) >= SMALLEST_PERCDAMP:
         problems.append(f"percdamp={percdamp!r}: must be at least {SMALLEST_PERCDAMP}.")
-    if not as_number(drift_ratio) >= 0:
-        problems.append(f"drift_ratio={drift_ratio!r}: must be 0 or more.")
-    return problems
+    return problems + drift_problems(drift_ratio)

@@ -19,6 +19,7 @@ def dbf_quantize(
     rank: int,
     search: Search,
     balancing: Balancing | None,
+    drift_ratio: float = 0.0,
 ) -> BinaryFactors:
     """Factors with a small ``tr(ΔW H ΔWᵀ)``, of layers of equal shape that share an input.
 
@@ -32,15 +33,16 @@ def dbf_quantize(
         rank: See ``rank_of``.
         search: Settings of the alternation.
         balancing: None searches in coordinates without equal norms.
+        drift_ratio: Energy of noise in each input, relative to the input's own.
 
     Raises:
         QuantizationError: The search overflowed.
     """
-    coordinates = Coordinates.of(weight, damped(hessian), balancing)
+    coordinates = Coordinates.of(weight, damped(hessian, drift_ratio), balancing)
     size = coordinates.size
     factors = BinaryFactors.split(*factorise(weight, coordinates, rank, search))
     del coordinates  # as large as the Hessian
-    factors = refine(weight / size[..., None], damped(hessian), factors).normalised()
+    factors = refine(weight / size[..., None], damped(hessian, drift_ratio), factors).normalised()
     factors = replace(factors, row_scale=factors.row_scale * size)
     if not all_finite(factors.weight()):
         raise QuantizationError("The factors are not finite.")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from onecomp.errors import QuantizationError
 from onecomp.linalg import all_finite
+from onecomp.quantizer.drift import drifted
 
 BALANCE_MODES = ("l1", "l2")
 DAMPING = 0.01
@@ -97,13 +98,16 @@ class Coordinates:
         return (weight * (self.row_scale / self.size)[..., None]).mul_(self.column_scale)
 
 
-def damped(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """The Hessian with a hundredth of its mean diagonal added; the identity in place of zeros."""
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    added = torch.where(mean > 0, DAMPING * mean, 1.0)
-    damped = hessian.clone()
-    damped.diagonal().add_(added)
+def damped(hessian: Float[Tensor, "in in"], drift_ratio: float) -> Float[Tensor, "in in"]:
+    """A copy of the drifted Hessian, a hundredth of its mean diagonal added; of zeros the identity.
+
+    Args:
+        hessian: ``2 / tokens * XᵀX``.
+        drift_ratio: See ``drifted``.
+    """
+    damped = drifted(hessian, drift_ratio)
+    mean = hessian.diagonal().mean()
+    damped.diagonal().add_(torch.where(mean > 0, DAMPING * mean, 1.0))
     return damped
 
 

@@ -1,7 +1,7 @@
 """Settings of double binary factorisation, and how it treats layers that share an input."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from onecomp.quantizer.dbf.coordinates import BALANCE_MODES, Balancing
 from onecomp.quantizer.dbf.factors import BinaryFactors
 from onecomp.quantizer.dbf.rank import achievable_bits, is_clamped, rank_of, stored_bits
 from onecomp.quantizer.dbf.result import DBFResult, packed_signs
+from onecomp.quantizer.drift import drift_problems
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.layer_settings import setting_of
@@ -73,6 +74,9 @@ class DBF(WeightQuantizer):
     """Bits by full layer name; wins over ``mlp_target_bits``."""
     bitpack_on_quantize: bool = True
     """Keep the signs of results eight to a byte."""
+    _: KW_ONLY
+    drift_ratio: float = 0.3
+    """Energy of what other quantized layers do to each input, relative to the input's own."""
 
     def default_name(self) -> str:
         """Name from the bits."""
@@ -109,12 +113,7 @@ class DBF(WeightQuantizer):
         if self.use_balancing and self.balance_mode not in BALANCE_MODES:
             modes = " or ".join(map(repr, BALANCE_MODES))
             problems.append(f"balance_mode={self.balance_mode!r}: must be {modes}.")
-        problems += [
-            f"{name}={getattr(self, name)!r}: must be True or False."
-            for name in ("use_balancing", "use_adaptive_rho", "bitpack_on_quantize")
-            if not isinstance(getattr(self, name), bool)
-        ]
-        return problems
+        return problems + drift_problems(self.drift_ratio)
 
     # Bits and shapes
 
@@ -237,11 +236,11 @@ class DBF(WeightQuantizer):
         if self.use_balancing:
             balancing = Balancing(self.balance_iters, self.balance_alpha, self.balance_mode)
         try:
-            return dbf_quantize(weight, factors.hessian, rank, search, balancing)
+            return dbf_quantize(weight, factors.hessian, rank, search, balancing, self.drift_ratio)
         except QuantizationError as error:
             factors.fallbacks.append(f"diagonal of the Hessian: {error}")
         diagonal = torch.diag_embed(factors.hessian.diagonal())
-        return dbf_quantize(weight, diagonal, rank, search, None)
+        return dbf_quantize(weight, diagonal, rank, search, None, self.drift_ratio)
 
     def _result(self, name: str, solved: BinaryFactors, index: int) -> DBFResult:
         left, right = solved.row_signs[index], solved.column_signs[index]

@@ -12,6 +12,7 @@ from onecomp.export.bits import pack_bits
 from onecomp.export.quant_config import LayerFormat
 from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
 from onecomp.quantizer.checks import as_number, is_whole
+from onecomp.quantizer.drift import drift_problems, drifted
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.onebit.algorithm import (
@@ -78,9 +79,7 @@ class Onebit(WeightQuantizer):
             problems.append(f"balance_alpha={self.balance_alpha!r}: must be above 0.")
         if not as_number(self.percdamp) > 0:
             problems.append(f"percdamp={self.percdamp!r}: must be above 0.")
-        if not as_number(self.drift_ratio) >= 0:
-            problems.append(f"drift_ratio={self.drift_ratio!r}: must be 0 or more.")
-        return problems
+        return problems + drift_problems(self.drift_ratio)
 
     def bits_per_weight(
         self,
@@ -151,9 +150,7 @@ class Onebit(WeightQuantizer):
         return with_compensated_signs(columns, sign_start(columns.T, scales), factor)
 
     def _drifted(self, hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-        damped = damped_hessian(hessian, self.percdamp)
-        damped.diagonal().mul_(1 + self.drift_ratio)
-        return damped
+        return drifted(damped_hessian(hessian, self.percdamp), self.drift_ratio)
 
     def _no_worse(
         self, columns: Float[Tensor, "in out"], found: OneBit, factors: HessianFactors

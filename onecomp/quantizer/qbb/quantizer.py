@@ -11,6 +11,7 @@ from torch import Tensor
 from onecomp.errors import QuantizationError
 from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
+from onecomp.quantizer.drift import drift_problems, drifted
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.layer_settings import group_problems
@@ -103,9 +104,7 @@ class QBB(WeightQuantizer):
             problems.append(f"groupsize={self.groupsize!r}: must be -1 or at least 1.")
         if not as_number(self.percdamp) > 0:
             problems.append(f"percdamp={self.percdamp!r}: must be above 0.")
-        if not as_number(self.drift_ratio) >= 0:
-            problems.append(f"drift_ratio={self.drift_ratio!r}: must be 0 or more.")
-        return problems
+        return problems + drift_problems(self.drift_ratio)
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""
@@ -166,8 +165,7 @@ class QBB(WeightQuantizer):
         except QuantizationError as error:
             factors.fallbacks.append(f"round to nearest: {error}")
             return self._plain(columns)
-        hessian = damped_hessian(factors.hessian, self.percdamp)
-        hessian.diagonal().mul_(1 + self.drift_ratio)
+        hessian = drifted(damped_hessian(factors.hessian, self.percdamp), self.drift_ratio)
         return self._search(columns, hessian, factor)
 
     def _search(

@@ -153,7 +153,7 @@ def test_what_overflows_is_an_error_of_its_own():
 
 
 def test_real_factors_have_magnitudes_of_rank_one():
-    weight, hessian = draw(1, 24, 20), damped(hessian_of(20))
+    weight, hessian = draw(1, 24, 20), damped(hessian_of(20), 0.0)
     coordinates = Coordinates.of(weight, hessian, Balancing(10, 1.0, "l1"))
     for factor in factorise(weight, coordinates, 8, SEARCH):
         values = torch.linalg.svdvals(factor.abs())[0]
@@ -161,7 +161,7 @@ def test_real_factors_have_magnitudes_of_rank_one():
 
 
 def test_levels_cover_all_directions_and_each_run_has_one():
-    weight, hessian = draw(1, 24, 32), damped(hessian_of(32))
+    weight, hessian = draw(1, 24, 32), damped(hessian_of(32), 0.0)
     coordinates = Coordinates.of(weight, hessian, None)
     edges = [edge for run in coordinates.runs for edge in run]
     assert edges[0] == 0
@@ -273,7 +273,7 @@ def test_fitted_scales_are_least_squares_solutions(name):
 
 
 def test_no_part_of_refining_raises_the_error():
-    weight, hessian = draw(2, 20, 16), damped(hessian_of(16))
+    weight, hessian = draw(2, 20, 16), damped(hessian_of(16), 0.0)
     factors = random_factors(2, 20, 8, 16)
     reached = error(weight, hessian, factors)
     for step in (search.fit_scales, search.flip_row_signs, search.flip_column_signs) * 3:
