@@ -225,6 +225,11 @@ class Session:
             )  # fmt: skip
             assign(self.job.quantizer, settings, plan)
             settings = self._settings(run, len(self._shards))
+        if self.output is not None and not has_format(self.job.quantizer):
+            logger.warning(
+                "%s has no checkpoint format: the checkpoint holds dequantized weights",
+                self.job.quantizer.name,
+            )
         with Progress(len(blocks), reused, silent=not report_progress) as progress:
             quantize_model(settings, self._shards, executor, progress, patience)
         run.require_lease()
@@ -256,11 +261,6 @@ class Session:
                 run.path, "was changed by another driver since this one looked at it. Try again."
             )
         log_coverage(self.skeleton, self.layout)
-        if self.output is not None and not has_format(self.job.quantizer):
-            logger.warning(
-                "%s has no checkpoint format: the checkpoint holds dequantized weights",
-                self.job.quantizer.name,
-            )
         if self.begin_anew:
             run.set_aside()
         run_id = None if self.begin_anew else self.run.run_id

@@ -249,7 +249,7 @@ class UnitCosts:
         rated = self.method.rated
         if self.num_workers == 1 or not self.method.has_hessian:
             return False
-        if rated is not None and not rated.row_separable:
+        if rated is not None and not all(map(rated.is_separable, group.layer_names)):
             return False
         corrected = self.is_corrected(group)
         return is_worth_splitting(group, self.hardware.device_type, corrected=corrected)

@@ -201,7 +201,8 @@ class MemoryModel:
         rated = costs.method.rated
         if rated is None:
             return TILE_MATRICES * min(rows, costs.row_tile(group)) * size * ops.FLOAT_BYTES
-        at_once = min(rows, costs.row_tile(group)) if rated.row_separable else rows
+        is_separable = all(map(rated.is_separable, group.layer_names))
+        at_once = min(rows, costs.row_tile(group)) if is_separable else rows
         return RATED_MATRICES * (at_once + size) * size * ops.FLOAT_BYTES
 
     def _host_beside_gpu(self) -> Amount:

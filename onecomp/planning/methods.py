@@ -17,10 +17,12 @@ from onecomp.quantizer import (
     Onebit,
     Quantizer,
 )
+from onecomp.quantizer.autobit.survey import Survey
 from onecomp.quantizer.grid import GridSearch
 
 TRIED_SHARE = 0.8
 """Part of a search's steps that are candidates."""
+USUAL_SHAPE = (4096, 4096)
 RTN_STRIDE = 4
 """Distance of the candidates that RTN tries first."""
 
@@ -145,9 +147,19 @@ def _(quantizer: DBF) -> MethodShape:
 @method_shape.register
 def _(quantizer: AutoBitQuantizer) -> MethodShape:
     """As if every layer had the slowest candidate; the survey comes on top."""
-    bits = [child.bits_per_weight("", 4096, 4096) for child in quantizer.quantizers]
-    most = max((b for b in bits if b is not None), default=8.0)
+    most = _most_bits(quantizer.quantizers)
     return _rated(quantizer, most if quantizer.target_bit is None else quantizer.target_bit, "gptq")
+
+
+@method_shape.register
+def _(quantizer: Survey) -> MethodShape:
+    """All candidates, one after the other."""
+    return _rated(quantizer, _most_bits(quantizer.quantizers), layout=None)
+
+
+def _most_bits(quantizers: list[Quantizer]) -> float:
+    bits = [quantizer.bits_per_weight("", *USUAL_SHAPE) for quantizer in quantizers]
+    return max((b for b in bits if b is not None), default=8.0)
 
 
 @method_shape.register

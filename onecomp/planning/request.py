@@ -30,6 +30,7 @@ from onecomp.planning.methods import method_shape
 from onecomp.planning.model import PlannedModel
 from onecomp.planning.probe import Measured, probe, require_short
 from onecomp.planning.shapes import TextShape
+from onecomp.planning.survey import settled
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import Quantizer
 
@@ -93,9 +94,10 @@ def make_estimate(request: Request, place: Place) -> Estimate:
     """
     hardware = place.hardware()
     num_workers, settings = place.workers(hardware)
+    shape = request.model.shape(request.quantizer)
     costs = UnitCosts(
-        request.model.shape(request.quantizer),
-        method_shape(request.quantizer),
+        shape,
+        method_shape(settled(request.quantizer, shape)),
         request.text,
         request.qep,
         hardware,

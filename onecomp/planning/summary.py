@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from onecomp.planning.amounts import Amount
 from onecomp.planning.costs import Unit
 from onecomp.planning.estimate import Estimate
 from onecomp.planning.fit import remedies, resources_of_kind, shortages
@@ -11,6 +12,7 @@ from onecomp.planning.memory import names_in_block, short_name
 from onecomp.planning.probe import Measured
 from onecomp.planning.request import Place, Request, make_estimate, probed
 from onecomp.planning.shapes import BlockShape
+from onecomp.planning.survey import SurveyEstimate, survey_estimate
 from onecomp.resources import Resources, free_disk
 
 
@@ -22,6 +24,19 @@ class Plan:
     resources: Resources
     table: HardwareTable
     measured: Measured | None = None
+
+    @property
+    def survey(self) -> SurveyEstimate | None:
+        """What comes before the run, for a method that compares candidates."""
+        return survey_estimate(self.estimate)
+
+    @property
+    def cost(self) -> Amount | None:
+        """Price of all workers for the run and what comes before it."""
+        estimate, survey = self.estimate, self.survey
+        if estimate.cost is None or survey is None:
+            return estimate.cost
+        return estimate.cost * (1 + survey.wall_s / estimate.wall_s)
 
     @property
     def shortages(self) -> list[str]:
@@ -118,12 +133,21 @@ def as_json_values(plan: Plan) -> dict:
             "workers_start_s": estimate.workers_start_s,
             "wall_s": estimate.wall_s,
         },
-        "cost": estimate.cost,
+        "survey": None if plan.survey is None else _survey_json(plan.survey),
+        "cost": plan.cost,
         "fits": not plan.shortages,
         "shortages": plan.shortages,
         "remedies": plan.remedies,
         "notes": plan.notes,
         "probe": None if plan.measured is None else _probe_json(plan.measured),
+    }
+
+
+def _survey_json(survey: SurveyEstimate) -> dict[str, Amount]:
+    return {
+        "wall_s": survey.wall_s,
+        "curvature_s": survey.curvature_s,
+        "hidden_bytes_per_worker": survey.hidden_bytes,
     }
 
 

@@ -23,7 +23,7 @@ def as_text(plan: Plan) -> str:
     out.print(_blocks_table(plan.estimate))
     out.print(_phases_table(plan))
     out.print(_room_table(plan.estimate))
-    out.print("\n".join(_times(plan.estimate)))
+    out.print("\n".join(_times(plan)))
     for text in plan.shortages:
         out.print(f"DOES NOT FIT: {text}.")
     if plan.shortages:
@@ -129,7 +129,8 @@ def _largest_parts(moment: Moment) -> list[tuple[str, Amount]]:
     return sorted(moment.parts.items(), key=lambda part: -part[1])[:3]
 
 
-def _times(estimate: Estimate) -> Iterable[str]:
+def _times(plan: Plan) -> Iterable[str]:
+    estimate, survey = plan.estimate, plan.survey
     yield (
         f"\nwork of all workers {format_duration(estimate.work_s)}, longest chain "
         f"{format_duration(estimate.chain_s)}"
@@ -138,8 +139,14 @@ def _times(estimate: Estimate) -> Iterable[str]:
         f"time: about {format_duration(estimate.wall_s)} "
         f"(start {format_duration(estimate.settings.startup_s)})"
     )
-    if estimate.cost is not None:
-        yield f"cost: {estimate.cost:.2f}"
+    if survey is not None:
+        yield (
+            f"before it, candidates are compared: about {format_duration(survey.wall_s)} more, "
+            f"{format_duration(survey.curvature_s)} of them for gradients, for which a worker "
+            f"holds {size(survey.hidden_bytes)} of hidden states"
+        )
+    if plan.cost is not None:
+        yield f"cost: {plan.cost:.2f}"
 
 
 def count(number: Amount) -> str:

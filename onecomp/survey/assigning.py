@@ -108,7 +108,7 @@ def measure(
     )
     logger.info(
         "surveying %d candidates for %d layers",
-        len(method.quantizers), len(settings.layout.layer_names),
+        len(survey.quantizers), len(settings.layout.layer_names),
     )  # fmt: skip
     with Progress(len(settings.layout.blocks), len(run.block_files()), silent=plan.silent) as shown:
         quantize_model(settings, shards, plan.executor, shown, plan.patience)
@@ -116,7 +116,8 @@ def measure(
     if survey.flag_hessian and method.use_curvature_b:
         curvature = measure_curvature(settings, shards, plan.executor, plan.patience)
     results = run.results()
-    return {name: _errors(results[name], name, curvature) for name in results}
+    usual = torch.cat(list(curvature.values())).mean() if curvature else torch.tensor(1.0)
+    return {name: _errors(results[name], curvature.get(name, usual)) for name in results}
 
 
 def _survey_directory(run: RunDirectory, samples: CalibrationSamples | None) -> RunDirectory:
@@ -133,16 +134,14 @@ def _survey_directory(run: RunDirectory, samples: CalibrationSamples | None) -> 
     return survey
 
 
-def _errors(result: SurveyResult, layer_name: str, curvature: Mapping[str, Tensor]) -> list[float]:
+def _errors(result: SurveyResult, curvature: Tensor) -> list[float]:
     """Change of the loss, to second order, by each candidate: over all tokens that the layer sees.
 
-    Without curvature every output counts alike. Layers that no token reached count as one token.
+    Args:
+        result: Errors of the rows; a layer that no token reached counts as one token.
+        curvature: Of the loss by each output, or by all alike.
     """
-    by_row = result.errors.double()
-    if curvature:
-        usual = torch.cat(list(curvature.values())).mean()
-        weight = curvature.get(layer_name, usual.expand(by_row.shape[1]))
-        by_row = by_row * weight
+    by_row = result.errors.double() * curvature
     return (by_row.sum(dim=1) * (max(result.num_tokens, 1) / 2)).tolist()
 
 

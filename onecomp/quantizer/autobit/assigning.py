@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from onecomp.quantizer.autobit.algorithm import TiedSet, allocate, reach, tie
 from onecomp.quantizer.autobit.assignment import Assignment, LayerChoice
@@ -14,6 +14,8 @@ Shapes = Mapping[str, tuple[int, int]]
 """``(out_features, in_features)`` of every target layer by full name."""
 
 
+MOST_DBF_BITS = 2.0
+"""Where a square layer is full; others are before."""
 BISECTIONS = 20
 """Halvings of the bits between which those of DBF are looked for."""
 
@@ -27,7 +29,7 @@ class Assigner:
         fused_groups: Last parts of the names of layers that are tied.
         target_bit: Average bits a weight.
         is_effective: ``target_bit`` counts scales, too.
-        auto_dbf: Take DBF where bits are too few for codes.
+        auto_dbf: Take DBF where bits are few.
         dbf_threshold: Bits up to which they are.
         dbf_iters: Iterations of DBF; None for its default.
     """
@@ -40,25 +42,33 @@ class Assigner:
     dbf_threshold: int | float
     dbf_iters: int | None
 
+    @property
+    def children(self) -> list[Quantizer]:
+        """The candidates, and behind them DBF of the target's bits where that is low enough."""
+        is_low = self.auto_dbf and self.target_bit <= self.dbf_threshold
+        return [*self.candidates, *([self._dbf(float(self.target_bit))] if is_low else [])]
+
     def target(self, shapes: Shapes) -> float:
         """Largest average of stored bits a weight.
 
-        A target of raw bits becomes what it takes with scales: the candidates' mean, over layers.
+        A target of raw bits becomes what it takes with scales: the candidates' mean, over layers;
+        without DBF, whose shapes may have no room for them, unless there is nothing else.
         """
         if self.is_effective:
             return float(self.target_bit)
+        coded = [candidate for candidate in self.candidates if not isinstance(candidate, DBF)]
         total = 0.0
         for name, (rows, columns) in shapes.items():
             each = [
                 candidate.bits_per_weight(name, columns, rows, wbits=self.target_bit)
-                for candidate in self.candidates
+                for candidate in coded or self.candidates
             ]
             known = [bits for bits in each if bits is not None]
             total += rows * columns * sum(known) / len(known)
         return total / _num_weights(shapes)
 
     def takes_only_dbf(self, shapes: Shapes, slack: float = 0.0) -> bool:
-        """Whether the target is below what the candidates can do well, or at all.
+        """Whether the target is below all that the candidates can do.
 
         Args:
             shapes: The layers.
@@ -66,9 +76,7 @@ class Assigner:
         """
         if not self.auto_dbf:
             return False
-        if self.target_bit <= self.dbf_threshold + slack:
-            return True
-        sets = self._sets(shapes)
+        sets = self._sets(shapes, self.candidates)
         if not all(part.allowed for part in sets):
             return False
         return self.target(shapes) + slack < reach(sets)[0] / _num_weights(shapes)
@@ -89,7 +97,7 @@ class Assigner:
         ]
         if unknown:
             return unknown
-        sets = self._sets(shapes)
+        sets = self._sets(shapes, self.children)
         problems = [
             f"{', '.join(part.layer_names)} are fused, but no candidate is for all of them. "
             "Change the candidates' rules, or take enable_fused_groups=False."
@@ -109,12 +117,16 @@ class Assigner:
         ]
 
     def remarks(self, shapes: Shapes) -> list[str]:
-        """That there will be DBF only, and what is to be known of it."""
-        if not self.takes_only_dbf(shapes):
-            return []
-        dbf = self._dbf(float(self.target_bit))
-        reason = f"target_bit={self.target_bit:g} is too low for codes: all layers get {dbf.name}."
-        return [reason, *dbf.remarks(shapes)]
+        """That DBF is all there will be, or joins the candidates, and what is to be known of it."""
+        target = f"target_bit={self.target_bit:g}"
+        if self.takes_only_dbf(shapes):
+            dbf = self._dbf(self._dbf_bits(shapes))
+            reason = f"{target} is too low for the candidates: all layers get {dbf.name}."
+            return [reason, *dbf.remarks(shapes)]
+        return [
+            f"{target} is at most dbf_threshold={self.dbf_threshold:g}: {dbf.name} is a candidate."
+            for dbf in self.children[len(self.candidates) :]
+        ]
 
     def _is_unknown(self, candidate: Quantizer, shapes: Shapes) -> bool:
         own = {name: shape for name, shape in shapes.items() if candidate.accepts(name)}
@@ -124,13 +136,19 @@ class Assigner:
         )
 
     def only_dbf(self, shapes: Shapes) -> Assignment:
-        """DBF for every layer, with the target's bits or what keeps to it with scales."""
-        bits = self._dbf_bits(shapes)
-        layers = {name: self._dbf_choice(name, shapes, 0, bits) for name in shapes}
+        """DBF for every layer, with as many bits as the target has room for."""
+        bits, children = self._dbf_bits(shapes), self.children
+        children.append(self._dbf(bits))
+        layers = {name: layer_choice(children, name, shapes, len(children) - 1) for name in shapes}
         return Assignment(layers, self.target(shapes), (bits,))
 
     def _dbf_bits(self, shapes: Shapes) -> float:
-        target, most = self.target(shapes), float(self.target_bit)
+        """Most bits of DBF with which all layers keep to the target.
+
+        They may be above an effective target, which layers without room for it fall short of.
+        """
+        target = self.target(shapes)
+        most = MOST_DBF_BITS if self.is_effective else float(self.target_bit)
         if _average_with_dbf(shapes, most) <= target:
             return most
         least = 0.0
@@ -150,28 +168,29 @@ class Assigner:
         Raises:
             ConfigError: None keeps to the target; with what there is.
         """
-        target, sets = self.target(shapes), self._sets(shapes, errors)
+        target, children = self.target(shapes), self.children
+        sets = self._sets(shapes, children, errors)
         chosen = {
             name: index
             for part, index in zip(sets, allocate(sets, target), strict=True)
             for name in part.layer_names
         }
         layers = {
-            name: layer_choice(self.candidates, name, shapes, chosen[name], errors[name])
+            name: layer_choice(children, name, shapes, chosen[name], errors[name])
             for name in shapes
         }
-        found = Assignment(layers, target)
-        if self.auto_dbf and (found.average_bits or math.inf) <= self.dbf_threshold:
-            return self._with_dbf(found, shapes)
-        return found
+        return Assignment(layers, target)
 
     def _sets(
-        self, shapes: Shapes, errors: Mapping[str, Sequence[float]] | None = None
+        self,
+        shapes: Shapes,
+        children: Sequence[Quantizer],
+        errors: Mapping[str, Sequence[float]] | None = None,
     ) -> list[TiedSet]:
         sets = []
         for names in tie(shapes, self.fused_groups):
-            bits = [_stored_bits(self.candidates, name, shapes) for name in names]
-            each = [errors[name] if errors else [0.0] * len(self.candidates) for name in names]
+            bits = [_stored_bits(children, name, shapes) for name in names]
+            each = [errors[name] if errors else [0.0] * len(children) for name in names]
             sets.append(
                 TiedSet(
                     names,
@@ -182,33 +201,6 @@ class Assigner:
             )
         return sets
 
-    def _with_dbf(self, found: Assignment, shapes: Shapes) -> Assignment:
-        """Layers of few bits get DBF with their codes' bits where that stores no more."""
-        codes = {
-            name: _code_bits(self.candidates[choice.child], name)
-            for name, choice in found.layers.items()
-            if choice.bits <= self.dbf_threshold
-        }
-        few = {
-            name: float(bits)
-            for name, bits in codes.items()
-            if bits is not None
-            and stored_bits(*shapes[name], float(bits)) <= found.layers[name].bits
-        }
-        bits = sorted(set(few.values()))
-        changed = {
-            name: replace(
-                self._dbf_choice(name, shapes, bits.index(few[name]), few[name]),
-                errors=found.layers[name].errors,
-            )
-            for name in few
-        }
-        return replace(found, layers={**found.layers, **changed}, dbf_bits=tuple(bits))
-
-    def _dbf_choice(self, name: str, shapes: Shapes, number: int, bits: float) -> LayerChoice:
-        children = [*self.candidates, *[self._dbf(bits)] * (number + 1)]
-        return layer_choice(children, name, shapes, len(children) - 1)
-
     def _dbf(self, bits: float) -> DBF:
         return dbf_of(bits, self.dbf_iters)
 
@@ -217,15 +209,6 @@ def _average_with_dbf(shapes: Shapes, bits: float) -> float:
     """Stored bits a weight with DBF of so many bits in every layer."""
     total = sum(math.prod(shape) * stored_bits(*shape, bits) for shape in shapes.values())
     return total / _num_weights(shapes)
-
-
-def _code_bits(candidate: Quantizer, layer_name: str) -> int | float | None:
-    """Bits of integer codes; None for methods that store something else."""
-    try:
-        stored = candidate.layer_format(layer_name)
-    except NotImplementedError:
-        return None
-    return stored.bits if stored.method == "gptq" else None
 
 
 def dbf_of(bits: float, iters: int | None) -> DBF:
@@ -251,11 +234,11 @@ def _num_weights(shapes: Shapes) -> int:
     return sum(rows * columns for rows, columns in shapes.values())
 
 
-def _stored_bits(candidates: Sequence[Quantizer], name: str, shapes: Shapes) -> list[int | None]:
-    """Bits that a layer takes with each candidate; None where one is not for the layer."""
+def _stored_bits(children: Sequence[Quantizer], name: str, shapes: Shapes) -> list[int | None]:
+    """Bits that a layer takes with each child; None where one is not for the layer."""
     rows, columns = shapes[name]
     each = [
-        candidate.bits_per_weight(name, columns, rows) if candidate.accepts(name) else None
-        for candidate in candidates
+        child.bits_per_weight(name, columns, rows) if child.accepts(name) else None
+        for child in children
     ]
     return [None if bits is None else round(bits * rows * columns) for bits in each]

@@ -65,9 +65,9 @@ class AutoBitQuantizer(WeightQuantizer):
     save_path: str | None = None
     """Where a picture of the assignment goes: a PNG file or a directory."""
     auto_dbf: bool = True
-    """Take DBF where bits are too few for codes."""
+    """Make DBF a candidate where bits are few, and take nothing else below all candidates."""
     dbf_threshold: int | float = 2.0
-    """Bits up to which they are."""
+    """``target_bit`` up to which bits are few."""
     dbf_iters: int | None = None
     """Its iterations; None for its default."""
     bitpack_on_quantize: bool = True
@@ -148,13 +148,14 @@ class AutoBitQuantizer(WeightQuantizer):
         return self._assigner.problems(shapes)
 
     def remarks(self, shapes: Shapes) -> list[str]:
-        """That there will be no candidates, or those of the candidates."""
+        """What is to be known of DBF, and of each candidate that there will be."""
         is_manual = self.assignment_strategy == "manual"
-        if not is_manual and (remarks := self._assigner.remarks(shapes)):
+        remarks = [] if is_manual else self._assigner.remarks(shapes)
+        if not is_manual and self._assigner.takes_only_dbf(shapes):
             return remarks
-        return [
+        return remarks + [
             f"{candidate.name}: {remark}"
-            for candidate in self.quantizers
+            for candidate in self._candidates()
             for remark in candidate.remarks(_own(candidate, shapes))
         ]
 
@@ -173,14 +174,21 @@ class AutoBitQuantizer(WeightQuantizer):
         )
 
     def _may_take_dbf(self) -> bool:
-        is_free = self.auto_dbf and self.assignment_strategy != "manual"
-        return is_free and self._assigner.takes_only_dbf(NOMINAL, SLACK)
+        if self.assignment_strategy == "manual":
+            return False
+        is_candidate = len(self._candidates()) > len(self.quantizers)
+        return is_candidate or self._assigner.takes_only_dbf(NOMINAL, SLACK)
+
+    def _candidates(self) -> list[Quantizer]:
+        """Those that were given, and DBF where the target is low."""
+        is_manual = self.assignment_strategy == "manual"
+        return list(self.quantizers) if is_manual else self._assigner.children
 
     def survey(self) -> Survey:
         """What measures the candidates' errors."""
         is_weighted = self.assignment_strategy == "activation_aware"
         return Survey(
-            quantizers=self.quantizers, flag_calibration=is_weighted, flag_hessian=is_weighted
+            quantizers=self._candidates(), flag_calibration=is_weighted, flag_hessian=is_weighted
         )
 
     def assign_unmeasured(self, shapes: Shapes) -> Assignment | None:
@@ -212,7 +220,7 @@ class AutoBitQuantizer(WeightQuantizer):
     def children(self) -> list[Quantizer]:
         """The candidates, and behind them what the assignment added."""
         added = () if self.assignment is None else self.assignment.dbf_bits
-        return [*self.quantizers, *(dbf_of(bits, self.dbf_iters) for bits in added)]
+        return [*self._candidates(), *(dbf_of(bits, self.dbf_iters) for bits in added)]
 
     def child_of(self, layer_name: str) -> int:
         """Number of the child that quantizes a layer.
@@ -231,7 +239,7 @@ class AutoBitQuantizer(WeightQuantizer):
     def used_children(self) -> list[tuple[int, Quantizer]]:
         """Children that have layers, that with the most first; all while nothing is assigned."""
         if self.assignment is None:
-            return list(enumerate(self.quantizers))
+            return list(enumerate(self._candidates()))
         counts = self.assignment.num_layers().most_common()
         return [(number, self.children[number]) for number, _ in counts]
 
@@ -248,7 +256,9 @@ class AutoBitQuantizer(WeightQuantizer):
         return number, *self.children[number].piece_key(layer_name)
 
     def is_separable(self, layer_name: str) -> bool:
-        """Whether the layer's child solves rows independently."""
+        """Whether the layer's child solves rows independently; all it may get, before that."""
+        if self.assignment is None:
+            return self.survey().is_separable(layer_name)
         return self.children[self.child_of(layer_name)].is_separable(layer_name)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:

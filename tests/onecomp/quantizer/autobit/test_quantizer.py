@@ -143,36 +143,51 @@ def test_a_target_out_of_reach_is_refused_before_the_run():
     assert "3.594 to 8.750" in problem
 
 
-def test_low_targets_take_dbf_for_all_layers():
-    for low in (
-        method(1.5),
-        method(2.0),
-        AutoBitQuantizer(quantizers=candidates()[2:], target_bit=3),
-    ):
+def test_targets_below_all_candidates_take_dbf_for_all_layers():
+    for low in (method(1.5), AutoBitQuantizer(quantizers=candidates()[2:], target_bit=3)):
         found = low.assign_unmeasured(SHAPES)
-        low.assignment = found
+        low.assignment = Assignment.from_record(found.record())
+        assert low.assignment == found
         [(number, child)] = low.used_children()
-        assert (number, type(child)) == (len(low.quantizers), DBF)
+        assert (number, type(child)) == (len(low.children) - 1, DBF)
         assert 0.9 * low.target_bit < child.target_bits <= low.target_bit
         assert found.average_bits <= found.target_bits
-    assert method(2.1).assign_unmeasured(SHAPES) is None
+        assert low.remarks(SHAPES)[0].endswith(f"all layers get {child.name}.")
+    assert method(2.0).assign_unmeasured(SHAPES) is None
     assert method(1.5, auto_dbf=False).assign_unmeasured(SHAPES) is None
 
 
-def test_layers_of_few_bits_become_dbf_where_the_average_is_low():
-    made = AutoBitQuantizer(
-        quantizers=[GPTQ(wbits=bits, groupsize=32) for bits in (1, 2)],
-        target_bit=2.3,
-        target_bit_is_effective=True,
-        dbf_threshold=2.25,
+def test_square_layers_get_the_bits_that_others_have_no_room_for():
+    shapes = {name: (64 * rows, 64 * columns) for name, (rows, columns) in SHAPES.items()}
+    low = method(1.55, target_bit_is_effective=True)
+    found = low.assign_unmeasured(shapes)
+    assert found.dbf_bits[0] > 1.55
+    assert 1.5 < found.average_bits <= 1.55
+
+
+def test_dbf_competes_where_the_target_is_low():
+    shapes = {
+        name.replace("0", str(block)): (64 * rows, 64 * columns)
+        for block in range(8)
+        for name, (rows, columns) in SHAPES.items()
+    }
+    low = AutoBitQuantizer(
+        quantizers=[GPTQ(wbits=bits, groupsize=64) for bits in (1, 2, 3)],
+        target_bit=2,
+        enable_fused_groups=False,
         dbf_iters=7,
     )
-    shapes = {name: (8 * rows, 8 * columns) for name, (rows, columns) in SHAPES.items()}
-    found = made._assigner.assign(shapes, {name: [2.0**i, 1.0] for i, name in enumerate(SHAPES)})
-    made.assignment = Assignment.from_record(found.record())
-    assert made.assignment == found
-    assert {choice.child for choice in found.layers.values()} == {1, 2}
-    assert made.children[2] == DBF(target_bits=1.0, iters=7)
+    assert low.survey().quantizers == [*low.quantizers, DBF(target_bits=2.0, iters=7)]
+    assert any("DBF_2bit is a candidate" in remark for remark in low.remarks(shapes))
+    errors = {name: [9.0, 3.0, 1.0, 4.0 if "o_proj" in name else 2.0] for name in shapes}
+    low.assignment = low.assign(shapes, errors)
+    kinds = {name: type(low.children[low.child_of(name)]) for name in shapes}
+    assert set(kinds.values()) == {DBF, GPTQ}
+    assert all(kinds[f"b.{block}.o_proj"] is GPTQ for block in range(8))
+    assert low.assignment.target_bits - 0.05 < low.assignment.average_bits
+    assert low.assignment.average_bits <= low.assignment.target_bits
+    assert len(low.survey().quantizers) == 4
+    assert len(method(2.01).survey().quantizers) == 4
 
 
 @pytest.mark.parametrize("strategy", ["activation_aware", "ilp"])
