@@ -13,6 +13,7 @@ from onecomp.export.quant_config import LayerFormat
 from onecomp.quantizer.dbf.rank import rank_of
 from onecomp.quantizer.dbf.result import DBFResult, product
 from onecomp.quantizer.inference import inference_layer
+from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.quant_linear import QuantLinear
 
 TENSORS = ("scaling0", "bp1", "scaling2", "bp3", "scaling4")
@@ -89,7 +90,7 @@ class DoubleBinaryLinear(QuantLinear):
         Raises:
             InputError: A tensor is missing, unexpected or of the wrong shape or type.
         """
-        _check_names(state, name)
+        require_names(state, name, TENSORS, ("bias",))
         layer = cls(
             state["scaling0"].numel(),
             state["scaling4"].numel(),
@@ -97,8 +98,7 @@ class DoubleBinaryLinear(QuantLinear):
             bias="bias" in state,
             device="meta",
         )
-        _check_tensors(state, layer, name)
-        layer.load_state_dict(state, assign=True)
+        adopt(layer, state, name, f"a rank of {layer.rank}")
         return layer
 
     @classmethod
@@ -161,28 +161,3 @@ def _(result: DBFResult, linear: nn.Linear, *, pack_weights: bool = True) -> Dou
 def _scale(length: int, device: torch.device | str | None) -> nn.Parameter:
     values = torch.empty(length, dtype=torch.float16, device=device)
     return nn.Parameter(values, requires_grad=False)
-
-
-def _check_names(state: Mapping[str, Tensor], name: str) -> None:
-    missing = [tensor for tensor in TENSORS if tensor not in state]
-    unexpected = sorted(set(state) - {*TENSORS, "bias"})
-    for kind, tensors in (("missing", missing), ("unexpected", unexpected)):
-        if tensors:
-            raise InputError(
-                name,
-                f"tensor {kind} in the checkpoint: {', '.join(tensors)}. A DBF layer has "
-                f"{', '.join(TENSORS)} and at most bias. Write the checkpoint again.",
-            )
-
-
-def _check_tensors(state: Mapping[str, Tensor], layer: DoubleBinaryLinear, name: str) -> None:
-    for tensor, expected in layer.state_dict().items():
-        found = state[tensor]
-        wrong_type = tensor in ("bp1", "bp3") and found.dtype != expected.dtype
-        if found.shape != expected.shape or wrong_type:
-            raise InputError(
-                name,
-                f"{tensor} is {found.dtype} of shape {tuple(found.shape)}, but "
-                f"{expected.dtype} of shape {tuple(expected.shape)} belongs to a rank of "
-                f"{layer.rank}. Copy the checkpoint again.",
-            )

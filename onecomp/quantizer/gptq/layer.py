@@ -14,6 +14,7 @@ from onecomp.export.packing import pack_columns, pack_rows, packable, unpack_col
 from onecomp.export.quant_config import GROUP_SIZE, LayerFormat
 from onecomp.quantizer.gptq.result import GPTQResult, group_index
 from onecomp.quantizer.inference import inference_layer
+from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.quant_linear import QuantLinear
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class GPTQLinear(QuantLinear):
         Raises:
             InputError: A tensor is missing, unexpected or of the wrong shape.
         """
-        _check_names(state, name)
+        require_names(state, name, REQUIRED_TENSORS, OPTIONAL_TENSORS)
         out_features = state["scales"].shape[-1]
         packed = state["qzeros"].shape[-1] != out_features
         rows, columns = state["qweight"].shape[0], state["qweight"].shape[-1]
@@ -159,8 +160,7 @@ class GPTQLinear(QuantLinear):
         )
         plain = group_index(in_features, groupsize, None).to(state["qweight"].device)
         state = {"g_idx": plain, **state}
-        _check_shapes(state, layer, name)
-        layer.load_state_dict(state, assign=True)
+        adopt(layer, state, name, f"wbits={wbits} and groupsize={groupsize}")
         layer.actorder = not torch.equal(layer.g_idx, plain)
         return layer
 
@@ -238,28 +238,3 @@ def _stored_zeros(zeros: Float[Tensor, "groups out"], wbits: int) -> Int32[Tenso
             f"whole numbers from 0 to {maxq} with wbits={wbits}. Save the dequantized model.",
         )
     return (zeros.to(torch.int32) - 1) & maxq
-
-
-def _check_names(state: Mapping[str, Tensor], name: str) -> None:
-    known = {*REQUIRED_TENSORS, *OPTIONAL_TENSORS}
-    missing = [tensor for tensor in REQUIRED_TENSORS if tensor not in state]
-    unexpected = sorted(set(state) - known)
-    for kind, tensors in (("missing", missing), ("unexpected", unexpected)):
-        if tensors:
-            raise InputError(
-                name,
-                f"tensor {kind} in the checkpoint: {', '.join(tensors)}. "
-                f"A GPTQ layer has {', '.join(REQUIRED_TENSORS)} and at most "
-                f"{', '.join(OPTIONAL_TENSORS)}. Write the checkpoint again.",
-            )
-
-
-def _check_shapes(state: Mapping[str, Tensor], layer: GPTQLinear, name: str) -> None:
-    for tensor, expected in layer.state_dict().items():
-        if state[tensor].shape != expected.shape:
-            raise InputError(
-                name,
-                f"{tensor} has shape {tuple(state[tensor].shape)}, but {tuple(expected.shape)} "
-                f"belongs to wbits={layer.wbits} and groupsize={layer.groupsize}. "
-                "The quantization_config does not describe these tensors.",
-            )

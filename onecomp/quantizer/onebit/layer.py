@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onecomp.errors import InputError
 from onecomp.export.bits import num_bytes, unpack_bits
 from onecomp.export.quant_config import LayerFormat
 from onecomp.quantizer.inference import inference_layer
+from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.onebit.result import OnebitResult
 from onecomp.quantizer.quant_linear import QuantLinear
 
@@ -63,27 +63,13 @@ class OnebitLinear(QuantLinear):
         """Layer around the tensors of a checkpoint, which are not copied.
 
         Raises:
-            InputError: A tensor is missing, unexpected or of the wrong shape.
+            InputError: A tensor is missing, unexpected or of the wrong shape or type.
         """
         del stored  # one bit, and nothing else to know
-        missing, unexpected = set(TENSORS) - set(state), set(state) - {*TENSORS, "bias"}
-        for kind, tensors in (("missing", missing), ("unexpected", unexpected)):
-            if tensors:
-                raise InputError(
-                    name,
-                    f"tensor {kind} in the checkpoint: {', '.join(sorted(tensors))}. A OneBit "
-                    f"layer has {', '.join(TENSORS)} and at most a bias. Write it again.",
-                )
-        sizes = len(state["b"]), len(state["a"])
+        require_names(state, name, TENSORS, ("bias",))
+        sizes = state["b"].numel(), state["a"].numel()
         layer = cls(*sizes, bias="bias" in state, device="meta")
-        for tensor, expected in layer.state_dict().items():
-            if state[tensor].shape != expected.shape:
-                raise InputError(
-                    name,
-                    f"{tensor} has shape {tuple(state[tensor].shape)}, but "
-                    f"{tuple(expected.shape)} belongs to {sizes[1]} outputs and {sizes[0]} inputs.",
-                )
-        layer.load_state_dict(dict(state), assign=True)
+        adopt(layer, state, name, f"{sizes[1]} outputs and {sizes[0]} inputs")
         return layer
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:

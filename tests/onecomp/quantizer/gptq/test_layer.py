@@ -185,9 +185,14 @@ def test_zero_points_that_are_no_codes_are_refused(zero):
         (lambda state: state.update(weight=torch.ones(1)), "tensor unexpected .*: weight"),
         (
             lambda state: state.update(g_idx=torch.zeros(8, dtype=torch.int32)),
-            r"g_idx has shape \(8,\), but \(64,\) belongs to wbits=4 and groupsize=16",
+            r"g_idx is torch.int32 of shape \(8,\), but torch.int32 of shape \(64,\) belongs to "
+            r"wbits=4 and groupsize=16",
         ),
-        (lambda state: state.update(scales=torch.ones(3, OUT)), r"scales has shape \(3, 32\)"),
+        (lambda state: state.update(scales=torch.ones(3, OUT)), r"of shape \(3, 32\), but"),
+        (
+            lambda state: state.update(qweight=state["qweight"].float()),
+            r"qweight is torch.float32 of shape",
+        ),
     ],
 )
 def test_unfit_state_is_refused(change, text):

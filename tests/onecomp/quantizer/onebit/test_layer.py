@@ -65,6 +65,9 @@ def test_tensors_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="tensor unexpected in the checkpoint: c"):
         OnebitLinear.from_checkpoint({**state, "c": state["a"]}, stored, "layer")
     short = {**state, "sign_packed": state["sign_packed"][:-1]}
-    text = "sign_packed has shape (32,), but (33,) belongs to 13 outputs and 20 inputs."
-    with pytest.raises(InputError, match=re.escape(text)):
+    text = "of shape (32,), but torch.uint8 of shape (33,) belongs to 13 outputs and 20 inputs."
+    with pytest.raises(InputError, match=re.escape(f"layer: sign_packed is torch.uint8 {text}")):
         OnebitLinear.from_checkpoint(short, stored, "layer")
+    signs = {**state, "sign_packed": state["sign_packed"].float()}
+    with pytest.raises(InputError, match=r"sign_packed is torch\.float32 of shape \(33,\)"):
+        OnebitLinear.from_checkpoint(signs, stored, "layer")
