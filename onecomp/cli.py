@@ -37,10 +37,25 @@ GroupSize = Annotated[
         help="Columns per scale, -1 for a row. Default: largest of 128, 64, 32 that fits."
     ),
 ]
-Symmetric = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grids.")]
-Search = Annotated[bool, typer.Option(help="Search the range of each group.")]
-ActivationOrder = Annotated[bool, typer.Option(help="Solve columns in order of activation.")]
-StaticGroups = Annotated[bool, typer.Option(help="Groups of the original columns.")]
+Symmetric = Annotated[
+    bool | None, typer.Option("--sym/--asym", help="Symmetric grids. Default: on.")
+]
+Search = Annotated[
+    bool | None, typer.Option("--mse/--no-mse", help="Search the range of each group. Default: on.")
+]
+ActivationOrder = Annotated[
+    bool | None,
+    typer.Option(
+        "--actorder/--no-actorder",
+        help="Solve columns in order of activation. Default: on for gptq and autobit.",
+    ),
+]
+StaticGroups = Annotated[
+    bool | None,
+    typer.Option(
+        "--static-groups/--no-static-groups", help="Groups of the original columns. Default: on."
+    ),
+]
 Propagation = Annotated[bool, typer.Option(help="Propagate errors to later layers.")]
 Dataset = Annotated[
     str, typer.Option(help="c4, wikitext2, self (sampled from the model), a file, or a Hub id.")
@@ -100,10 +115,10 @@ def quantize(  # noqa: PLR0913 - one parameter per option
     wbits: Bits = None,
     target_bits: TargetBits = None,
     groupsize: GroupSize = None,
-    sym: Symmetric = True,
-    mse: Search = True,
-    actorder: ActivationOrder = True,
-    static_groups: StaticGroups = True,
+    sym: Symmetric = None,
+    mse: Search = None,
+    actorder: ActivationOrder = None,
+    static_groups: StaticGroups = None,
     qep: Propagation = True,
     calibration_dataset: Dataset = "c4",
     text_key: TextKey = "text",
@@ -133,10 +148,10 @@ def plan(  # noqa: PLR0913 - one parameter per option
     wbits: Bits = None,
     target_bits: TargetBits = None,
     groupsize: GroupSize = None,
-    sym: Symmetric = True,
-    mse: Search = True,
-    actorder: ActivationOrder = True,
-    static_groups: StaticGroups = True,
+    sym: Symmetric = None,
+    mse: Search = None,
+    actorder: ActivationOrder = None,
+    static_groups: StaticGroups = None,
     qep: Propagation = True,
     calibration_dataset: Dataset = "c4",
     text_key: TextKey = "text",

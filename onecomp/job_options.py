@@ -26,6 +26,13 @@ from onecomp.quantizer import (
 logger = logging.getLogger(__name__)
 
 USUAL_WBITS = 4
+SWITCHES = {
+    "sym": "--sym/--asym",
+    "mse": "--mse",
+    "actorder": "--actorder",
+    "static_groups": "--static-groups",
+}
+"""Options that are on or off, by field."""
 AUTOBIT_WBITS = (2, 3, 4, 8)
 """Bits that AutoBit chooses from."""
 
@@ -41,10 +48,10 @@ class JobOptions:
     wbits: int | None
     target_bits: float | None
     groupsize: int | None
-    sym: bool
-    mse: bool
-    actorder: bool
-    static_groups: bool
+    sym: bool | None
+    mse: bool | None
+    actorder: bool | None
+    static_groups: bool | None
     qep: bool
     calibration_dataset: str
     text_key: str
@@ -81,9 +88,13 @@ class JobOptions:
             "--wbits": self.wbits is not None and chosen.bits != "wbits",
             "--target-bits": self.target_bits is not None and chosen.bits != "target_bits",
             "--groupsize": self.groupsize is not None and not chosen.has_groups,
+            **{
+                option: getattr(self, name) is not None and name not in chosen.switches
+                for name, option in SWITCHES.items()
+            },
         }
         problems = [
-            f"{option} is no option of {self.quantizer}. Leave it out; {chosen.remark}"
+            f"{option} is no option of {self.quantizer}. {_remedy(option, chosen)}"
             for option, is_strange in given.items()
             if is_strange
         ]
@@ -105,6 +116,10 @@ class JobOptions:
             text_key=self.text_key,
         )
 
+    def is_on(self, switch: str) -> bool:
+        """A switch that was given; the others are on."""
+        return getattr(self, switch) is not False
+
     @property
     def whole_bits(self) -> int:
         """Bits per weight of methods with integer codes."""
@@ -121,6 +136,8 @@ class Method:
     """The option that chooses its bits, if any."""
     has_groups: bool = True
     """Whether it has groups of columns that share a scale."""
+    switches: frozenset[str] = frozenset()
+    """Which of ``SWITCHES`` it has."""
     fits_groups: bool = True
     """Whether a group size is chosen that fits the model; else a row is one group by default."""
 
@@ -132,26 +149,37 @@ class Method:
         return f"its bits are chosen with --{self.bits.replace('_', '-')}."
 
 
+def _remedy(option: str, chosen: Method) -> str:
+    is_switch = option in SWITCHES.values()
+    return "Leave it out." if is_switch else f"Leave it out; {chosen.remark}"
+
+
 def _gptq(options: JobOptions, groupsize: int) -> Quantizer:
     return GPTQ(
         wbits=options.whole_bits,
         groupsize=groupsize,
-        sym=options.sym,
-        mse=options.mse,
-        actorder=options.actorder,
-        static_groups=options.static_groups,
-        weighted_mse=options.mse,
+        sym=options.is_on("sym"),
+        mse=options.is_on("mse"),
+        actorder=options.is_on("actorder"),
+        static_groups=options.is_on("static_groups"),
+        weighted_mse=options.is_on("mse"),
     )
 
 
 def _rtn(options: JobOptions, groupsize: int) -> Quantizer:
-    return RTN(wbits=options.whole_bits, groupsize=groupsize, sym=options.sym, mse=options.mse)
+    return RTN(
+        wbits=options.whole_bits,
+        groupsize=groupsize,
+        sym=options.is_on("sym"),
+        mse=options.is_on("mse"),
+    )
 
 
 def _jointq(options: JobOptions, groupsize: int) -> Quantizer:
     return JointQ(
         bits=options.whole_bits,
-        symmetric=options.sym,
+        symmetric=options.is_on("sym"),
+        actorder=bool(options.actorder),
         group_size=None if groupsize == -1 else groupsize,
     )
 
@@ -172,10 +200,10 @@ def _autobit(options: JobOptions, groupsize: int) -> Quantizer:
 
 
 METHODS: Mapping[str, Method] = {
-    "gptq": Method(_gptq),
-    "rtn": Method(_rtn),
-    "jointq": Method(_jointq),
-    "autobit": Method(_autobit, bits="target_bits"),
+    "gptq": Method(_gptq, switches=frozenset(SWITCHES)),
+    "rtn": Method(_rtn, switches=frozenset({"sym", "mse"})),
+    "jointq": Method(_jointq, switches=frozenset({"sym", "actorder"})),
+    "autobit": Method(_autobit, bits="target_bits", switches=frozenset(SWITCHES)),
     "dbf": Method(_dbf, bits="target_bits", has_groups=False),
     "quip": Method(lambda options, _: QUIP(wbits=options.whole_bits), has_groups=False),
     "qbb": Method(_qbb, fits_groups=False),

@@ -13,7 +13,7 @@ from tiny_models import sample_text
 
 import onecomp
 from onecomp.cli import app
-from onecomp.job_options import USUAL_WBITS
+from onecomp.job_options import SWITCHES, USUAL_WBITS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -190,9 +190,10 @@ def test_the_table_of_defaults_is_the_command_lines():
     defaults = {p.opts[0]: p.default for p in command.params}
     rows = re.findall(r"^\| `(--[\w-]+)` \| ([^|]+) \|", README.read_text(), re.MULTILINE)
     shown = {option: value.strip(" `") for option, value in rows}
+    switches = {option.partition("/")[0] for option in SWITCHES.values()}  # on unless turned off
     assert shown["--sym"] == "on"
     assert {option for option, value in shown.items() if value == "on"} == {
-        option for option in shown if defaults[option] is True
+        option for option in shown if defaults[option] is True or option in switches
     }
     assert shown["--wbits"] == str(USUAL_WBITS)
     plain = ("--quantizer", "--calibration-dataset", "--dtype")

@@ -15,8 +15,8 @@ from onecomp.quantizer import DBF, GPTQ, AutoBitQuantizer, JointQ
 def options(method: str, **more: object) -> JobOptions:
     values: dict = {
         "model": "m", "dtype": "auto", "trust_remote_code": False, "quantizer": method,
-        "wbits": None, "target_bits": None, "groupsize": None, "sym": True, "mse": True,
-        "actorder": True, "static_groups": True, "qep": True, "calibration_dataset": "c4",
+        "wbits": None, "target_bits": None, "groupsize": None, "sym": None, "mse": None,
+        "actorder": None, "static_groups": None, "qep": True, "calibration_dataset": "c4",
         "text_key": "text", "max_length": 64, "num_calibration_samples": 4, "seed": 0,
     }  # fmt: skip
     return JobOptions(**values | more)
@@ -45,6 +45,8 @@ def test_bits_and_groups_are_handed_on(skeleton):
     made = options("jointq", wbits=3, groupsize=32).method(lambda: skeleton)
     assert isinstance(made, JointQ)
     assert (made.bits, made.group_size, made.symmetric) == (3, 32, True)
+    assert made.actorder is False
+    assert options("jointq", actorder=True, groupsize=32).method(lambda: skeleton).actorder
     assert options("jointq", groupsize=-1).method(lambda: skeleton).group_size is None
     assert options("cq").method(lambda: skeleton).groupsize == -1
     assert options("cq", groupsize=32).method(lambda: skeleton).groupsize == 32
@@ -66,6 +68,8 @@ def test_bits_and_groups_are_handed_on(skeleton):
         ("dbf", {"wbits": 2}, "its bits are chosen with --target-bits"),
         ("gptq", {"target_bits": 3.5}, "its bits are chosen with --wbits"),
         ("quip", {"groupsize": 64}, "--groupsize is no option of quip"),
+        ("rtn", {"actorder": False}, "--actorder is no option of rtn. Leave it out."),
+        ("arb", {"sym": True}, "--sym/--asym is no option of arb. Leave it out."),
     ],
 )
 def test_options_that_a_method_lacks_are_refused(skeleton, method, more, problem):
