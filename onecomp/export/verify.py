@@ -29,6 +29,7 @@ from onecomp.models.skeleton import Skeleton
 from onecomp.models.source import ModelSource
 from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.result import QuantizationResult
+from onecomp.quantizer.several import methods_of
 from onecomp.store import RunDirectory
 
 
@@ -66,6 +67,12 @@ def verify_checkpoint(
     results = run.results()
     if not len(results):
         raise InputError(run.path, "holds no results to compare with. Give the run's directory.")
+    if methods := methods_of(results):
+        raise InputError(
+            run.path,
+            f"holds the results of several methods ({', '.join(methods)}), of which a checkpoint "
+            "has one. Quantize with that one alone to compare.",
+        )
     checkpoint = Checkpoint.open(directory, run)
     problems = checkpoint.coverage_problems(results)
     for name in results:

@@ -5,6 +5,7 @@ head, fused experts) stays at 16 bits, and the cache of keys and values takes it
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -120,31 +121,32 @@ def estimate_target_bitwidth(  # noqa: PLR0913 - the documented signature
         ConfigError: Arguments out of range, or no memory left for the weights.
     """
     total_gb = _gpu_memory_gb() if total_vram_gb is None else total_vram_gb
-    _check(vram_ratio, total_gb, group_size, max_length, batch_size, kv_bits, quantizable_ratio)
-    layers = _quantizable(model, blocks_name)
-    total = _num_parameters(model)
+    zero_bits = wbits if zero_bits is None else zero_bits
+    problems = _memory_problems(vram_ratio, total_gb, quantizable_ratio) + _count_problems(
+        group_size,
+        {"max_length": max_length, "scale_bits": scale_bits, "zero_bits": zero_bits},
+        {"wbits": wbits, "batch_size": batch_size, "kv_bits": kv_bits},
+    )
+    if problems:
+        raise ConfigError("VRAM estimate", problems)
+    layers, total = _quantizable(model, blocks_name), _num_parameters(model)
     weights = sum(layer.weight.numel() for layer in layers)
     quantizable = weights if quantizable_ratio is None else round(total * quantizable_ratio)
-    grid_bits = scale_bits + (wbits if zero_bits is None else zero_bits)
-    if group_size == -1:
-        meta = sum(layer.out_features for layer in layers) * grid_bits / max(1, quantizable)
-    else:
-        meta = grid_bits / group_size
-    budget = total_gb * vram_ratio
-    plain = PLAIN_BYTES * (total - quantizable) / GB
+    meta = _num_grids(layers, group_size) * (scale_bits + zero_bits) / max(1, weights)
+    budget, plain = total_gb * vram_ratio, PLAIN_BYTES * (total - quantizable) / GB
     cache = kv_cache_bytes(model.config, max_length, batch_size, kv_bits) / GB
     available = budget - plain - cache
-    if not quantizable or available <= 0:
-        raise ConfigError(
-            "VRAM estimate",
-            [
-                f"total_vram_gb={total_gb:g} leaves {budget:.2f} GB at vram_ratio={vram_ratio:g}: "
-                f"{plain:.2f} GB of parameters that are not quantized and {cache:.2f} GB of cache "
-                "take all of it. Use a larger GPU, a larger vram_ratio or a smaller max_length."
-            ],
+    width = available * GB * 8 / max(1, quantizable) - meta
+    if not quantizable or width <= 0:
+        rule = (
+            f"total_vram_gb={total_gb:g} leaves {budget:.2f} GB at vram_ratio={vram_ratio:g}: "
+            f"{plain:.2f} GB of parameters that are not quantized, {cache:.2f} GB of cache and "
+            f"{meta:.2f} bits a weight of scales take all of it. "
         )
+        remedy = "Use a larger GPU, a larger vram_ratio or a smaller max_length."
+        raise ConfigError("VRAM estimate", [rule + remedy])
     return VRAMBitwidthEstimation(
-        target_bitwidth=available * GB * 8 / quantizable - meta,
+        target_bitwidth=width,
         total_vram_gb=float(total_gb),
         budget_gb=budget,
         non_quant_weight_gb=plain,
@@ -154,6 +156,13 @@ def estimate_target_bitwidth(  # noqa: PLR0913 - the documented signature
         meta_bits_per_param=meta,
         kv_cache_gb=cache,
     )
+
+
+def _num_grids(layers: Iterable[nn.Linear], group_size: int) -> float:
+    """Groups of columns with a scale of their own, in all rows."""
+    if group_size == -1:
+        return float(sum(layer.out_features for layer in layers))
+    return sum(layer.weight.numel() for layer in layers) / group_size
 
 
 def kv_cache_bytes(
@@ -212,28 +221,28 @@ def _gpu_memory_gb() -> float:
     return torch.cuda.get_device_properties(0).total_memory / GB
 
 
-def _check(
-    vram_ratio: float,
-    total_gb: float,
-    group_size: int,
-    max_length: int,
-    batch_size: int,
-    kv_bits: int,
-    quantizable_ratio: float | None,
-) -> None:
+def _memory_problems(
+    vram_ratio: float, total_gb: float, quantizable_ratio: float | None
+) -> list[str]:
     problems = []
     if not 0 < as_number(vram_ratio) <= 1:
         problems.append(f"vram_ratio={vram_ratio!r}: must be above 0, at most 1.")
     if not as_number(total_gb) > 0:
         problems.append(f"total_vram_gb={total_gb!r}: must be above 0.")
-    if not is_group_size(group_size):
-        problems.append(f"group_size={group_size!r}: must be -1 or at least 1.")
-    if not is_whole(max_length, 0):
-        problems.append(f"max_length={max_length!r}: must be a whole number, at least 0.")
-    for name, value in (("batch_size", batch_size), ("kv_bits", kv_bits)):
-        if not is_whole(value, 1):
-            problems.append(f"{name}={value!r}: must be a whole number, at least 1.")
     if quantizable_ratio is not None and not 0 < as_number(quantizable_ratio) <= 1:
         problems.append(f"quantizable_ratio={quantizable_ratio!r}: must be above 0, at most 1.")
-    if problems:
-        raise ConfigError("VRAM estimate", problems)
+    return problems
+
+
+def _count_problems(
+    group_size: int, from_zero: Mapping[str, int], from_one: Mapping[str, int]
+) -> list[str]:
+    problems = []
+    if not is_group_size(group_size):
+        problems.append(f"group_size={group_size!r}: must be -1 or at least 1.")
+    return problems + [
+        f"{name}={value!r}: must be a whole number, at least {least}."
+        for least, counts in enumerate((from_zero, from_one))
+        for name, value in counts.items()
+        if not is_whole(value, least)
+    ]

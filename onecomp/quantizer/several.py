@@ -1,6 +1,6 @@
 """Several methods for the same layers, from one pass over their statistics."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -143,3 +143,12 @@ class ResultsOf(Mapping[str, QuantizationResult]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def methods_of(names: Iterable[str]) -> list[str]:
+    """Methods that results of several are named after; none where there was one.
+
+    >>> methods_of(["GPTQ_4bit: model.layers.0.q_proj"]), methods_of(["model.layers.0.q_proj"])
+    (['GPTQ_4bit'], [])
+    """
+    return sorted({name.partition(SEPARATOR)[0] for name in names if SEPARATOR in name})

@@ -13,11 +13,13 @@ from onecomp.calibration import CalibrationConfig
 from onecomp.errors import ConfigError, InputError
 from onecomp.executor import LocalExecutor
 from onecomp.export.load import load_quantized_model
+from onecomp.export.verify import verify_checkpoint
 from onecomp.models import ModelConfig
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import GPTQ, RTN, GPTQResult, Quantizer
 from onecomp.quantizer.quant_linear import QuantLinear, dense_layers
 from onecomp.runner import Runner
+from onecomp.store import RunDirectory
 
 IDS = torch.arange(3, 51)[None]
 
@@ -97,7 +99,7 @@ def test_results_are_read_from_the_run_directory_when_asked_for(
 
 def test_several_methods_run_at_once_each_with_its_own_results(model_config, calibration, tmp_path):
     methods = [GPTQ(groupsize=32), RTN(groupsize=32)]
-    runner = make(model_config, calibration, None, quantizers=methods)
+    runner = make(model_config, calibration, None, quantizers=methods, run_dir=tmp_path / "run")
     for method in methods:
         alone = type(method)(groupsize=32)
         make(model_config, calibration, alone)
@@ -112,6 +114,8 @@ def test_several_methods_run_at_once_each_with_its_own_results(model_config, cal
     assert torch.equal(
         model.get_submodule(name).dequantize(), methods[1].results[name].dequantize()
     )
+    with pytest.raises(InputError, match=r"results of several methods \(GPTQ_4bit_gs32, RTN_4bit"):
+        verify_checkpoint(tmp_path / "saved", RunDirectory(tmp_path / "run"), None)
 
 
 @pytest.mark.parametrize(

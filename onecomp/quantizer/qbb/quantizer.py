@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onecomp.errors import QuantizationError
 from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
+from onecomp.quantizer.baseline import nearest_weight
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.drift import drift_problems, drifted
 from onecomp.quantizer.factors import FactorKey, HessianFactors
@@ -131,6 +132,14 @@ class QBB(WeightQuantizer):
         products = min(USUAL_ROUNDS, self.iters_per_basis) * (self.wbits + 3)
         by_weight = products * in_features + WEIGHT_COST + BASIS_COST * self.wbits
         return float(in_features * (COLUMN_COST + num_rows * by_weight))
+
+    def baseline(
+        self, layer_name: str, weight: Float[Tensor, "_ in"]
+    ) -> Float[Tensor, "_ in"] | None:
+        """Rounding with zero points; one sign matrix is compared with signs times means anyway."""
+        if self.wbits == 1:
+            return None
+        return nearest_weight(weight, wbits=self.wbits, groupsize=self.groupsize)
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None

@@ -66,9 +66,20 @@ def test_too_small_a_memory_and_bad_arguments_are_refused():
         estimate_target_bitwidth(model, total_vram_gb=0.0001)
     with pytest.raises(ConfigError) as caught:
         estimate_target_bitwidth(
-            model, 1.5, total_vram_gb=-1.0, group_size=0, max_length=-1, batch_size=0
-        )
-    assert len(caught.value.problems) == 5
+            model, 1.5, total_vram_gb=-1.0, group_size=0, max_length=-1, batch_size=0, wbits=0,
+            scale_bits=-1,
+        )  # fmt: skip
+    assert len(caught.value.problems) == 7
+
+
+def test_a_width_below_nothing_is_refused():
+    """Room for the weights, but for less than their scales."""
+    model = tiny_model("llama")
+    fits = estimate_target_bitwidth(model, total_vram_gb=0.01)
+    plain_gb = fits.non_quant_weight_gb + fits.kv_cache_gb
+    few_gb = plain_gb + 0.5 * fits.meta_bits_per_param * fits.quantizable_params / 8e9
+    with pytest.raises(ConfigError, match=r"0\.16 bits a weight of scales take all of it"):
+        estimate_target_bitwidth(model, 1.0, total_vram_gb=few_gb)
 
 
 def test_more_context_leaves_fewer_bits():

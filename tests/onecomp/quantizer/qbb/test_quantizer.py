@@ -95,6 +95,13 @@ def test_no_row_is_worse_than_plain_rounding(wbits):
     torch.testing.assert_close(factors.row_errors["layer"][0], errors, rtol=1e-3, atol=1e-5)
 
 
+def test_layers_are_compared_with_rounding_that_has_zero_points():
+    weight = draw(8, 64).abs()
+    expected = nearest_weight(weight, wbits=3, groupsize=16)
+    assert torch.equal(QBB(wbits=3, groupsize=16).baseline("layer", weight), expected)
+    assert QBB(wbits=1).baseline("layer", weight) is None
+
+
 def test_progressive_quantization_starts_with_fewer_bases_and_ends_close():
     weight, hessian = draw(40, 96), correlated_hessian(96)
     joint, progressive, plain = (
