@@ -17,7 +17,7 @@ from onecomp.quantizer.jointq.problem import Problem, State
 
 STEPS_AT_ONCE = 8
 """Steps between two looks at which rows are still improving."""
-PARTS, LEAST_PART = 8, 64
+PARTS, LEAST_PART = 16, 64
 """Part of the weights that is searched at once, an n-th, and rows that are no more cut."""
 LEAST_GAIN = 1e-7
 """Of the energy that the codes explain: what float32 tells from nothing."""

@@ -72,15 +72,13 @@ def clip_state(problem: Problem, *, propagate: bool) -> State:
         Scales are representable in float16, as those of all starts.
     """
     state = nearest_state(problem)
-    error = torch.zeros_like(problem.columns)
+    error = state.error
     for t, group in enumerate(problem.groups):
-        error[group] = state.error[group]
         known = slice(0 if propagate else group.start, group.stop)
         gradient = problem.gram[group, known] @ error[known]
         state.steps[group], state.scale[t] = search_in_parts(problem, state, t, gradient)
         torch.mul(state.steps[group], state.scale[t], out=error[group])
         error[group] -= problem.columns[group]
-    del error  # it takes memory
     store_scales(problem, state)
     sweep_codes(problem, state)
     return state

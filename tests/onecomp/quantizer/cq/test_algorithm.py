@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from onecomp.quantizer.cq import algorithm
-from onecomp.quantizer.cq.algorithm import two_clusters
+from onecomp.quantizer.cq.algorithm import _split, two_clusters
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -62,3 +62,21 @@ def test_all_rows_at_once_are_row_by_row(monkeypatch):
     assert torch.equal(right, torch.cat([pair[1] for pair in alone]))
     monkeypatch.setattr(algorithm, "SETS_CHUNK", 7 * 64)
     assert torch.equal(two_clusters(sets, weights)[0], left)
+
+
+def test_a_large_set_is_split_as_exactly_as_its_bins_tell_apart():
+    values = torch.cat([draw(1, 60_000), 4 + draw(1, 30_000, seed=1)], dim=1)
+    weights = draw(1, 90_000, seed=2).abs() + 0.1
+    left, right = two_clusters(values, weights)
+    cut = (left + right) / 2
+    for side, mean in ((values < cut, left), (values >= cut, right)):
+        expected = (weights * values)[side].double().sum() / weights[side].double().sum()
+        torch.testing.assert_close(mean.double(), expected[None], rtol=1e-3, atol=1e-3)
+    whole = [part.item() for part in _split(values.double(), weights.double())]
+    assert [left.item(), right.item()] == pytest.approx(whole, abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, -2.5])
+def test_a_large_set_of_one_number_has_it_twice(value):
+    left, right = two_clusters(torch.full((1, 70_000), value), torch.ones(1, 70_000))
+    assert left.item() == right.item() == pytest.approx(value)
