@@ -140,7 +140,7 @@ def settings() -> Iterator[Setting]:
         yield Setting(f"GPTQ {wbits} bits row all", GPTQ(wbits=wbits, **ALL))
         yield Setting(f"QUIP {wbits} bits row", QUIP(wbits=wbits))
         yield Setting(f"QBB {wbits} bases row", QBB(wbits=wbits))
-    for target in (4.0, 3.0):
+    for target in (4.0, 3.0, 2.0):
         candidates = [GPTQ(wbits=wbits, groupsize=64, **ALL) for wbits in (2, 3, 4, 8)]
         autobit = AutoBitQuantizer(quantizers=candidates, target_bit=target)
         yield Setting(f"AutoBit {target:g} bits g64", autobit)

@@ -75,7 +75,7 @@ class DBF(WeightQuantizer):
     bitpack_on_quantize: bool = True
     """Keep the signs of results eight to a byte."""
     _: KW_ONLY
-    drift_ratio: float = 0.3
+    drift_ratio: float = 1.0
     """Energy of what other quantized layers do to each input, relative to the input's own."""
 
     def default_name(self) -> str:
