@@ -15,6 +15,7 @@ from onecomp.errors import InputError
 from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
 from onecomp.executor import Executor, WorkerCount, default_executor
 from onecomp.export.install import require_directory
+from onecomp.export.save import has_format
 from onecomp.export.verify import verify_checkpoint
 from onecomp.job_options import JobOptions
 from onecomp.losses import Patience
@@ -151,7 +152,10 @@ def _complete(session: Session, workers: WorkerOptions) -> None:
     if session.output is not None:
         print_result(str(session.output))
         where = "" if isinstance(session.output, Path) else "download it and "
-        logger.info("%sload it with onecomp.load_quantized_model(%r)", where, str(session.output))
+        loader = "onecomp.load_quantized_model"
+        if not has_format(session.job.quantizer):
+            loader = "transformers.AutoModelForCausalLM.from_pretrained"
+        logger.info("%sload it with %s(%r)", where, loader, str(session.output))
 
 
 def _evaluation_request(session: Session) -> PerplexityRequest:

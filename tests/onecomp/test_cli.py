@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import sample_text
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from onecomp.cli import app
@@ -131,6 +132,19 @@ def test_round_to_nearest_and_evaluation(model, small, text, tmp_path, caplog):
     assert found["quantized"] != found["original"]
     for what, perplexity in found.items():
         assert f"perplexity of the {what} model: {perplexity:.4f}" in caplog.text
+
+
+def test_a_method_without_a_format_writes_an_ordinary_model(model, small, tmp_path, caplog):
+    options = ["--quantizer", "qbb", "--wbits", 2]
+    with caplog.at_level(logging.INFO):
+        done("quantize", model, "--output", tmp_path / "out", *options, *small)
+    assert "QBB_2bit has no checkpoint format: the checkpoint holds dequantized" in caplog.text
+    assert "load it with transformers.AutoModelForCausalLM.from_pretrained(" in caplog.text
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, result in RunDirectory(tmp_path / "out.run").results().items():
+        weight = loaded.get_submodule(name).weight
+        assert torch.equal(weight, result.dequantize().to(weight.dtype))
+    done("verify", tmp_path / "out", "--run-dir", tmp_path / "out.run")
 
 
 def test_the_column_of_the_text_can_be_named(model, small, tmp_path):
