@@ -7,7 +7,6 @@ RUN/
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -164,7 +163,8 @@ def _report(method: AutoBitQuantizer, found: Assignment) -> None:
     known = "unknown" if average is None else f"{average:.3f}"
     wanted = "" if target is None else f" of {target:.3f}"
     logger.info("assigned %s%s bits a weight with scales: %s", known, wanted, ", ".join(counts))
-    if target is not None and not math.isclose(average or 0.0, target, abs_tol=NOTABLE_BITS):
+    is_short = target is not None and (average or 0.0) < target - NOTABLE_BITS
+    if is_short and not found.dbf_bits:  # what DBF falls short of was said before the run
         logger.warning(
             "the assignment takes %s bits a weight of %.3f: none nearer to it has a smaller error",
             known, target,

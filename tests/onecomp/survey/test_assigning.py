@@ -251,8 +251,10 @@ def test_codes_and_binary_factors_are_saved_and_load(model, text, tmp_path):
     assert torch.isfinite(loaded(torch.tensor([[5, 6, 7]])).logits).all()
 
 
-def test_a_target_too_low_for_codes_makes_a_dbf_checkpoint(model, text, tmp_path):
+def test_a_target_too_low_for_codes_makes_a_dbf_checkpoint(model, text, tmp_path, caplog):
     made = finished(model, text, method(1.2, dbf_iters=4), tmp_path / "run")
+    assert "is too low for the candidates: all layers get DBF_1.1874bit." in caplog.text
+    assert "none nearer to it" not in caplog.text
     assert not (tmp_path / "run" / "survey").exists()
     made.save_quantized_model(tmp_path / "out")
     loaded, _ = load_quantized_model(tmp_path / "out")
