@@ -7,8 +7,10 @@ this file and the journal loses none.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
+from jaxtyping import Int32, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -46,9 +48,9 @@ def write_block_file(
             "values": result.values(),
             "dtypes": {key: str(t.dtype)[6:] for key, t in result.tensors().items()},
             "bits": {
-                key: {"shape": list(t.shape), "low": low}
+                key: {"shape": list(t.shape)} | asdict(planes)
                 for key, t in result.tensors().items()
-                if (low := _low(t)) is not None
+                if (planes := Planes.of(t)) is not None
             },
         }
         for name, result in results.items()
@@ -144,20 +146,46 @@ def _naming(path: AnyPath) -> Iterator[None]:
         ) from error
 
 
+@dataclass(frozen=True)
+class Planes:
+    """A matrix of small whole numbers as matrices of bits, one for each power of two."""
+
+    low: int
+    """-1 for one plane of -1 and 1; 0 for numbers from 0 up."""
+    planes: int = 1
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Planes | None":
+        """How a matrix of bytes is cut into less than eight planes; None for others."""
+        is_bytes = tensor.dtype in (torch.int8, torch.uint8)
+        if not is_bytes or tensor.ndim != 2 or not tensor.numel():
+            return None
+        low, high = (int(edge) for edge in tensor.aminmax())
+        if low == -1:
+            return Planes(-1) if high <= 1 and bool((tensor != 0).all()) else None
+        planes = max(1, high.bit_length())
+        return Planes(0, planes) if low >= 0 and planes < 8 else None
+
+    def pack(self, tensor: Tensor) -> UInt8[Tensor, "bytes"]:
+        """The planes, that of the lowest bit first."""
+        if self.low < 0:
+            return pack_bits(tensor > 0)
+        return torch.cat([pack_bits((tensor >> i) & 1 > 0) for i in range(self.planes)])
+
+    def unpack(self, packed: UInt8[Tensor, "bytes"], shape: Sequence[int]) -> Int32[Tensor, "..."]:
+        """The inverse of ``pack``."""
+        number = torch.zeros(*shape, dtype=torch.int32)
+        for i, part in enumerate(packed.view(self.planes, -1)):
+            number |= (unpack_bits(part, shape) > 0).int() << i
+        return self.low + (1 - self.low) * number
+
+
 def _stored(result: QuantizationResult) -> dict[str, Tensor]:
-    """A result's tensors in few bytes: those of two values as bits, other integers narrow."""
+    """A result's tensors in few bytes: small numbers as bits, other integers narrow."""
     return {
-        key: narrow(tensor) if _low(tensor) is None else pack_bits(tensor == 1)
+        key: narrow(tensor) if (planes := Planes.of(tensor)) is None else planes.pack(tensor)
         for key, tensor in result.tensors().items()
     }
-
-
-def _low(tensor: Tensor) -> int | None:
-    """The lower value of a matrix of bytes that holds only 1 and -1 or 0; None for others."""
-    if tensor.dtype not in (torch.int8, torch.uint8) or tensor.ndim != 2 or not len(tensor):
-        return None
-    low = min(int(tensor.min()), 0)
-    return low if low >= -1 and bool(((tensor == 1) | (tensor == low)).all()) else None
 
 
 def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:
@@ -166,7 +194,8 @@ def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:
     for key, dtype in entry["dtypes"].items():
         tensor = file.get_tensor(f"{name}{SEPARATOR}{key}")
         if key in bits:
-            low = bits[key]["low"]
-            tensor = torch.where(unpack_bits(tensor, bits[key]["shape"]) > 0, 1, low)
+            coding = dict(bits[key])
+            shape = coding.pop("shape")
+            tensor = Planes(**coding).unpack(tensor, shape)
         tensors[key] = tensor.to(getattr(torch, dtype))
     return QuantizationResult.restore(entry["type"], tensors, entry["values"])

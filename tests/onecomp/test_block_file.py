@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from onecomp.block_file import read_block_file, write_block_file
-from onecomp.quantizer import ARBResult, CQResult, QuantizationResult
+from onecomp.quantizer import ARBResult, CQResult, QBBResult, QuantizationResult
 
 
 def random_bits(*shape: int) -> Tensor:
@@ -34,6 +34,18 @@ def test_matrices_of_two_values_take_a_bit_for_each(tmp_path, low, shape):
         others = sum(4 * t.numel() for t in result.tensors().values() if t.is_floating_point())
         file_bytes = (tmp_path / "00000.safetensors").stat().st_size
         assert file_bytes < 64 * 96 / 8 + others + 1000
+
+
+@pytest.mark.parametrize("wbits", [1, 3, 4, 7, 8])
+def test_codes_take_as_many_bits_as_their_largest(tmp_path, wbits):
+    codes = torch.arange(64 * 96).remainder(2**wbits).view(64, 96).to(torch.uint8)
+    result = QBBResult(wbits=wbits, codes=codes, alpha=torch.ones(64, 1, wbits).half())
+    write_block_file(tmp_path / "00000.safetensors", {"layer": result})
+    found = read_block_file(tmp_path / "00000.safetensors")["layer"]
+    assert torch.equal(found.codes, codes)
+    assert found.codes.dtype == torch.uint8
+    file_bytes = (tmp_path / "00000.safetensors").stat().st_size
+    assert file_bytes < wbits * 64 * 96 / 8 + 2 * 64 * wbits + 1000
 
 
 @pytest.mark.parametrize(
