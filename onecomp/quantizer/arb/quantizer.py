@@ -16,7 +16,7 @@ from onecomp.quantizer.binary_group import BinarySearch, search_problems
 from onecomp.quantizer.checks import is_whole
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.layer_settings import group_problems
+from onecomp.quantizer.layer_settings import group_problems, stored_bits
 
 
 @dataclass
@@ -72,7 +72,7 @@ class ARB(WeightQuantizer):
         wbits: int | float | None = None,
     ) -> float:
         """Signs, and scale and mean of every group."""
-        return (wbits or 1) + 32 / (in_features if self.groupsize == -1 else self.groupsize)
+        return stored_bits(wbits or 1, self.groupsize, in_features, group_bits=32)
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""

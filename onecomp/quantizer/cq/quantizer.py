@@ -15,7 +15,7 @@ from onecomp.quantizer.cq.algorithm import two_clusters
 from onecomp.quantizer.cq.result import CQResult
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.layer_settings import group_problems
+from onecomp.quantizer.layer_settings import group_problems, stored_bits
 
 
 @dataclass
@@ -83,9 +83,9 @@ class CQ(WeightQuantizer):
         wbits: int | float | None = None,
     ) -> float:
         """Codes, and both means of every group, or of the layer."""
-        if not self.each_row:
-            return (wbits or 1) + 32 / (in_features * out_features)
-        return (wbits or 1) + 32 / (in_features if self.groupsize == -1 else self.groupsize)
+        # A layer with a single pair of means counts as one long row.
+        row = in_features if self.each_row else in_features * out_features
+        return stored_bits(wbits or 1, self.groupsize, row, group_bits=32)
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""

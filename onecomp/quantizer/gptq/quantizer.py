@@ -24,8 +24,13 @@ from onecomp.quantizer.gptq.algorithm import (
     nearest_solution,
 )
 from onecomp.quantizer.gptq.result import GPTQResult
-from onecomp.quantizer.grid import SEARCH_COST, GridSearch, stored_bits
-from onecomp.quantizer.layer_settings import fitting_sizes, group_problems, setting_of
+from onecomp.quantizer.grid import SEARCH_COST, GridSearch
+from onecomp.quantizer.layer_settings import (
+    fitting_sizes,
+    group_problems,
+    setting_of,
+    stored_bits,
+)
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
 SMALLEST_PERCDAMP = 3.95e-4

@@ -16,14 +16,14 @@ from onecomp.quantizer.checks import as_number, is_whole
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.gptq import GPTQ
-from onecomp.quantizer.grid import GridSearch, stored_bits
+from onecomp.quantizer.grid import GridSearch
 from onecomp.quantizer.jointq.algorithm import Effort
 from onecomp.quantizer.jointq.lambda_path import Falling, LambdaPath, Rising, RowSolver
 from onecomp.quantizer.jointq.perturbation import Perturbation
 from onecomp.quantizer.jointq.problem import Kept, Problem, damped, regularizer
 from onecomp.quantizer.jointq.result import JointQResult
 from onecomp.quantizer.jointq.starts import GPTQStart, Starts, in_group_order
-from onecomp.quantizer.layer_settings import fitting_sizes, group_problems
+from onecomp.quantizer.layer_settings import fitting_sizes, group_problems, stored_bits
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
 FIXED, INCREMENTAL = "fixed_lambda", "incremental_lambda"

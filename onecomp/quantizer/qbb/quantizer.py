@@ -15,7 +15,7 @@ from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.drift import drift_problems, drifted
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.layer_settings import group_problems
+from onecomp.quantizer.layer_settings import group_problems, stored_bits
 from onecomp.quantizer.qbb.algorithm import descend, with_one_more
 from onecomp.quantizer.qbb.levels import Bases
 from onecomp.quantizer.qbb.result import QBBResult
@@ -121,7 +121,7 @@ class QBB(WeightQuantizer):
     ) -> float:
         """Sign matrices, and a scale of each for every group."""
         bits = wbits or self.wbits
-        return bits + 16 * bits / (in_features if self.groupsize == -1 else self.groupsize)
+        return stored_bits(bits, self.groupsize, in_features, group_bits=16 * bits)
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one: columns that matter most are decided first."""

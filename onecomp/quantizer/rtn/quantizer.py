@@ -12,8 +12,8 @@ from onecomp.export.quant_config import LayerFormat, gptq_format, gptq_quant_con
 from onecomp.quantizer.checks import as_number, is_group_size, is_whole
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest, stored_bits
-from onecomp.quantizer.layer_settings import group_problems
+from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest
+from onecomp.quantizer.layer_settings import group_problems, stored_bits
 from onecomp.quantizer.pieces import even_cuts, row_tile
 from onecomp.quantizer.rtn.result import RTNResult
 
