@@ -11,6 +11,7 @@ from onecomp.errors import QuantizationError
 from onecomp.export.bits import pack_bits
 from onecomp.export.quant_config import LayerFormat
 from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
+from onecomp.quantizer.binary_levels import sign_mean
 from onecomp.quantizer.checks import as_number, is_whole
 from onecomp.quantizer.drift import drift_problems, drifted
 from onecomp.quantizer.factors import FactorKey, HessianFactors
@@ -20,7 +21,6 @@ from onecomp.quantizer.onebit.algorithm import (
     ScaleStart,
     in_storable_scales,
     search,
-    sign_mean,
     sign_start,
     with_compensated_signs,
 )
@@ -125,7 +125,7 @@ class Onebit(WeightQuantizer):
             factor = factors.at(self.percdamp, by_activation=True)
         except QuantizationError as error:
             factors.fallbacks.append(f"sign times mean: {error}")
-            return sign_mean(columns.T)
+            return OneBit.of(sign_mean(columns))
         # The start takes much memory: it is made before the Hessian is damped, and not kept.
         found = search(
             columns,
@@ -156,7 +156,7 @@ class Onebit(WeightQuantizer):
         self, columns: Float[Tensor, "in out"], found: OneBit, factors: HessianFactors
     ) -> tuple[OneBit, Float[Tensor, "out"]]:
         """What was found or signs times means, whichever is better, and the errors of its rows."""
-        errors, plain = found.errors(columns, factors.hessian), sign_mean(columns.T)
+        errors, plain = found.errors(columns, factors.hessian), OneBit.of(sign_mean(columns))
         plain_errors = plain.errors(columns, factors.hessian)
         if not plain_errors.sum() < errors.sum():
             return found, errors
