@@ -49,8 +49,8 @@ groups."""
 class BinarySearch:
     """How signs and levels are found, from whatever levels a method begins with."""
 
-    num_groups: int
-    """Of the columns of a row; each has levels of its own."""
+    groupsize: int
+    """Columns that share levels; -1 for a whole row."""
     num_rounds: int
     """Most rounds of turning signs and fitting levels; 0 for first levels and nearest signs."""
     percdamp: float
@@ -113,10 +113,11 @@ class BinarySearch:
         """The best of each row, and its output error and output energy."""
         hessian, factor = factors.hessian, self._factor(factors)
         noisy = drifted(hessian, self.drift_ratio)
-        first = starts(columns, importance_of(hessian), self.num_groups)
+        num_groups = 1 if self.groupsize == -1 else len(columns) // self.groupsize
+        first = starts(columns, importance_of(hessian), num_groups)
         found = [self._search(columns, levels, factor, noisy) for levels in first]
         best, _, _ = best_rows(columns, found, noisy, tied=self.tied)
-        plain = sign_mean(columns, self.num_groups, tied=self.tied)
+        plain = sign_mean(columns, num_groups, tied=self.tied)
         best, errors, chosen = best_rows(columns, [best, plain], hessian, tied=self.tied)
         factors.rounded_rows += int(chosen.sum())
         return best, torch.stack([errors, quadratic_form(columns, hessian)])

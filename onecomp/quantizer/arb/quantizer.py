@@ -76,23 +76,21 @@ class ARB(WeightQuantizer):
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""
-        return (self._search(1).factor_key,)
+        return (self._search().factor_key,)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """Passes over the columns, for every start."""
-        return self._search(1).cost(num_rows, in_features, num_starts=self.split_points)
+        return self._search().cost(num_rows, in_features, num_starts=self.split_points)
 
-    def _search(self, num_groups: int) -> BinarySearch:
-        return BinarySearch(num_groups, self.arb_iters, self.percdamp, self.drift_ratio)
+    def _search(self) -> BinarySearch:
+        return BinarySearch(self.groupsize, self.arb_iters, self.percdamp, self.drift_ratio)
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, ARBResult]:
         """Quantize layers that share an input."""
-        in_features = factors.hessian.shape[0]
-        num_groups = 1 if self.groupsize == -1 else in_features // self.groupsize
         starts = partial(staged_levels, split_points=self.split_points)
-        binaries = self._search(num_groups).group(weights, factors, starts)
+        binaries = self._search().group(weights, factors, starts)
         return {name: self._result(binary) for name, binary in binaries.items()}
 
     def _result(self, binary: Binary) -> ARBResult:

@@ -89,15 +89,15 @@ class CQ(WeightQuantizer):
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""
-        return (self._search(1).factor_key,)
+        return (self._search().factor_key,)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """Passes over the columns."""
-        return self._search(1).cost(num_rows, in_features, num_starts=1)
+        return self._search().cost(num_rows, in_features, num_starts=1)
 
-    def _search(self, num_groups: int) -> BinarySearch:
+    def _search(self) -> BinarySearch:
         return BinarySearch(
-            num_groups,
+            self.groupsize,
             self.refine_iters,
             self.percdamp,
             self.drift_ratio,
@@ -109,9 +109,7 @@ class CQ(WeightQuantizer):
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, CQResult]:
         """Quantize layers that share an input."""
-        in_features = factors.hessian.shape[0]
-        num_groups = 1 if self.groupsize == -1 else in_features // self.groupsize
-        binaries = self._search(num_groups).group(weights, factors, self._starts)
+        binaries = self._search().group(weights, factors, self._starts)
         return {name: self._result(binary) for name, binary in binaries.items()}
 
     def _starts(self, columns: Tensor, importance: Tensor, num_groups: int) -> list[Levels]:
