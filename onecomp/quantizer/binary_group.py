@@ -19,12 +19,11 @@ from onecomp.quantizer.binary import (
     refitted,
     sign_mean,
 )
-from onecomp.quantizer.checks import as_number, is_group_size
+from onecomp.quantizer.checks import group_size_problems
 from onecomp.quantizer.drift import drift_problems, drifted
-from onecomp.quantizer.factors import FactorKey, HessianFactors
+from onecomp.quantizer.factors import FactorKey, HessianFactors, percdamp_problems
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
-SMALLEST_PERCDAMP = 3.95e-4
 NUM_COMPENSATIONS = 2
 """Each time the levels are fitted after it; the first levels know nothing of the corrections that
 the weights will carry."""
@@ -162,9 +161,8 @@ def importance_of(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in"]:
 
 def search_problems(groupsize: object, percdamp: object, drift_ratio: object) -> list[str]:
     """What is wrong with settings that methods share, one sentence each."""
-    problems = []
-    if not is_group_size(groupsize):
-        problems.append(f"groupsize={groupsize!r}: must be -1 (one group a row) or at least 1.")
-    if not as_number(percdamp) >= SMALLEST_PERCDAMP:
-        problems.append(f"percdamp={percdamp!r}: must be at least {SMALLEST_PERCDAMP}.")
-    return problems + drift_problems(drift_ratio)
+    return [
+        *group_size_problems({"groupsize": groupsize}),
+        *percdamp_problems(percdamp),
+        *drift_problems(drift_ratio),
+    ]

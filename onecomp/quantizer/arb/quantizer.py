@@ -13,7 +13,7 @@ from onecomp.quantizer.arb.algorithm import staged_levels
 from onecomp.quantizer.arb.result import ARBResult
 from onecomp.quantizer.binary import Binary
 from onecomp.quantizer.binary_group import BinarySearch, search_problems
-from onecomp.quantizer.checks import is_whole
+from onecomp.quantizer.checks import whole_problems
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.layer_settings import group_problems, stored_bits
@@ -53,11 +53,9 @@ class ARB(WeightQuantizer):
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
         counts = {"arb_iters": self.arb_iters, "split_points": self.split_points}
-        return [
-            f"{name}={value!r}: must be a whole number, at least 1."
-            for name, value in counts.items()
-            if not is_whole(value, 1)
-        ] + search_problems(self.groupsize, self.percdamp, self.drift_ratio)
+        return whole_problems(counts, 1) + search_problems(
+            self.groupsize, self.percdamp, self.drift_ratio
+        )
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from onecomp.quantizer.binary import Binary, Levels
 from onecomp.quantizer.binary_group import BinarySearch, search_problems
 from onecomp.quantizer.binary_levels import by_group
-from onecomp.quantizer.checks import is_whole
+from onecomp.quantizer.checks import whole_problems
 from onecomp.quantizer.cq.algorithm import two_clusters
 from onecomp.quantizer.cq.result import CQResult
 from onecomp.quantizer.factors import FactorKey, HessianFactors
@@ -59,10 +59,7 @@ class CQ(WeightQuantizer):
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
         problems = search_problems(self.groupsize, self.percdamp, self.drift_ratio)
-        if not is_whole(self.refine_iters, 0):
-            problems.append(
-                f"refine_iters={self.refine_iters!r}: must be a whole number, 0 or more."
-            )
+        problems += whole_problems({"refine_iters": self.refine_iters}, 0)
         if not self.each_row and self.groupsize != -1:
             problems.append(
                 f"each_row=False, groupsize={self.groupsize!r}: one pair of means for the whole "
