@@ -5,7 +5,7 @@ head, fused experts) stays at 16 bits, and the cache of keys and values takes it
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from onecomp.errors import ConfigError
 from onecomp.models.skeleton import Skeleton
 from onecomp.models.source import ModelSource
-from onecomp.quantizer.checks import as_number, is_group_size, is_whole
+from onecomp.quantizer.checks import as_number, group_size_problems, whole_problems
 
 GB = 1e9
 PLAIN_BYTES = 2
@@ -122,11 +122,11 @@ def estimate_target_bitwidth(  # noqa: PLR0913 - the documented signature
     """
     total_gb = _gpu_memory_gb() if total_vram_gb is None else total_vram_gb
     zero_bits = wbits if zero_bits is None else zero_bits
-    problems = _memory_problems(vram_ratio, total_gb, quantizable_ratio) + _count_problems(
-        group_size,
-        {"max_length": max_length, "scale_bits": scale_bits, "zero_bits": zero_bits},
-        {"wbits": wbits, "batch_size": batch_size, "kv_bits": kv_bits},
-    )
+    from_zero = {"max_length": max_length, "scale_bits": scale_bits, "zero_bits": zero_bits}
+    from_one = {"wbits": wbits, "batch_size": batch_size, "kv_bits": kv_bits}
+    problems = _memory_problems(vram_ratio, total_gb, quantizable_ratio)
+    problems += group_size_problems({"group_size": group_size})
+    problems += whole_problems(from_zero, 0) + whole_problems(from_one, 1)
     if problems:
         raise ConfigError("VRAM estimate", problems)
     layers, total = _quantizable(model, blocks_name), _num_parameters(model)
@@ -232,17 +232,3 @@ def _memory_problems(
     if quantizable_ratio is not None and not 0 < as_number(quantizable_ratio) <= 1:
         problems.append(f"quantizable_ratio={quantizable_ratio!r}: must be above 0, at most 1.")
     return problems
-
-
-def _count_problems(
-    group_size: int, from_zero: Mapping[str, int], from_one: Mapping[str, int]
-) -> list[str]:
-    problems = []
-    if not is_group_size(group_size):
-        problems.append(f"group_size={group_size!r}: must be -1 or at least 1.")
-    return problems + [
-        f"{name}={value!r}: must be a whole number, at least {least}."
-        for least, counts in enumerate((from_zero, from_one))
-        for name, value in counts.items()
-        if not is_whole(value, least)
-    ]

@@ -19,12 +19,11 @@ from onecomp.quantizer.binary import (
     refitted,
     sign_mean,
 )
-from onecomp.quantizer.checks import as_number, is_group_size
+from onecomp.quantizer.checks import group_size_problems
 from onecomp.quantizer.drift import drift_problems, drifted
-from onecomp.quantizer.factors import FactorKey, HessianFactors
+from onecomp.quantizer.factors import FactorKey, HessianFactors, percdamp_problems
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
-SMALLEST_PERCDAMP = 3.95e-4
 NUM_COMPENSATIONS = 2
 """Each time the levels are fitted after it; the first levels know nothing of the corrections that
 the weights will carry."""
@@ -49,8 +48,8 @@ groups."""
 class BinarySearch:
     """How signs and levels are found, from whatever levels a method begins with."""
 
-    num_groups: int
-    """Of the columns of a row; each has levels of its own."""
+    groupsize: int
+    """Columns that share levels; -1 for a whole row."""
     num_rounds: int
     """Most rounds of turning signs and fitting levels; 0 for first levels and nearest signs."""
     percdamp: float
@@ -113,10 +112,11 @@ class BinarySearch:
         """The best of each row, and its output error and output energy."""
         hessian, factor = factors.hessian, self._factor(factors)
         noisy = drifted(hessian, self.drift_ratio)
-        first = starts(columns, importance_of(hessian), self.num_groups)
+        num_groups = 1 if self.groupsize == -1 else len(columns) // self.groupsize
+        first = starts(columns, importance_of(hessian), num_groups)
         found = [self._search(columns, levels, factor, noisy) for levels in first]
         best, _, _ = best_rows(columns, found, noisy, tied=self.tied)
-        plain = sign_mean(columns, self.num_groups, tied=self.tied)
+        plain = sign_mean(columns, num_groups, tied=self.tied)
         best, errors, chosen = best_rows(columns, [best, plain], hessian, tied=self.tied)
         factors.rounded_rows += int(chosen.sum())
         return best, torch.stack([errors, quadratic_form(columns, hessian)])
@@ -161,9 +161,8 @@ def importance_of(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in"]:
 
 def search_problems(groupsize: object, percdamp: object, drift_ratio: object) -> list[str]:
     """What is wrong with settings that methods share, one sentence each."""
-    problems = []
-    if not is_group_size(groupsize):
-        problems.append(f"groupsize={groupsize!r}: must be -1 (one group a row) or at least 1.")
-    if not as_number(percdamp) >= SMALLEST_PERCDAMP:
-        problems.append(f"percdamp={percdamp!r}: must be at least {SMALLEST_PERCDAMP}.")
-    return problems + drift_problems(drift_ratio)
+    return [
+        *group_size_problems({"groupsize": groupsize}),
+        *percdamp_problems(percdamp),
+        *drift_problems(drift_ratio),
+    ]

@@ -1,6 +1,7 @@
-"""What a setting may be: tests that any value passes or fails, whatever its type."""
+"""What a setting may be: tests that any value passes or fails, and sentences where it fails."""
 
 import math
+from collections.abc import Mapping
 
 
 def is_whole(value: object, least: int, most: int | None = None) -> bool:
@@ -12,11 +13,6 @@ def is_whole(value: object, least: int, most: int | None = None) -> bool:
     if not isinstance(value, int) or isinstance(value, bool):
         return False
     return value >= least and (most is None or value <= most)
-
-
-def is_group_size(value: object) -> bool:
-    """Whether the value is -1, for one group a row, or a number of columns."""
-    return is_whole(value, -1) and value != 0
 
 
 def is_texts(value: object) -> bool:
@@ -40,3 +36,45 @@ def as_number(value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return math.nan
     return float(value) if math.isfinite(value) else math.nan
+
+
+def whole_problems(
+    settings: Mapping[str, object], least: int, most: int | None = None
+) -> list[str]:
+    """What is wrong with settings, by name, that have to be whole numbers in a range.
+
+    >>> whole_problems({"wbits": 9, "mlp_wbits": 4}, 1, 8)
+    ['wbits=9: must be a whole number from 1 to 8.']
+    """
+    allowed = f", at least {least}" if most is None else f" from {least} to {most}"
+    return [
+        f"{name}={value!r}: must be a whole number{allowed}."
+        for name, value in settings.items()
+        if not is_whole(value, least, most)
+    ]
+
+
+def positive_problems(settings: Mapping[str, object]) -> list[str]:
+    """What is wrong with settings, by name, that have to be numbers above 0.
+
+    >>> positive_problems({"lr": 0.0})
+    ['lr=0.0: must be above 0.']
+    """
+    return [
+        f"{name}={value!r}: must be above 0."
+        for name, value in settings.items()
+        if not as_number(value) > 0
+    ]
+
+
+def group_size_problems(settings: Mapping[str, object]) -> list[str]:
+    """What is wrong with settings, by name, that say how many columns share a group.
+
+    >>> group_size_problems({"groupsize": 0, "mlp_groupsize": -1})
+    ['groupsize=0: must be -1 (one group a row) or at least 1.']
+    """
+    return [
+        f"{name}={value!r}: must be -1 (one group a row) or at least 1."
+        for name, value in settings.items()
+        if not (is_whole(value, -1) and value != 0)
+    ]

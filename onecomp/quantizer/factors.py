@@ -9,7 +9,10 @@ from torch import Tensor
 
 from onecomp.errors import QuantizationError
 from onecomp.linalg import HessianFactor, from_strips, strip_bounds
+from onecomp.quantizer.checks import as_number
 
+SMALLEST_PERCDAMP = 3.95e-4
+"""Least documented damping."""
 LADDER = (
     (1, torch.float32),
     (10, torch.float32),
@@ -168,3 +171,10 @@ def _upper_from_strips(strips: list[Tensor]) -> Float[Tensor, "in in"]:
     for (a, b), strip in zip(strip_bounds(size), strips, strict=True):
         full[a:b, a:] = strip
     return full
+
+
+def percdamp_problems(percdamp: object) -> list[str]:
+    """What is wrong with a damping, one sentence at most."""
+    if as_number(percdamp) >= SMALLEST_PERCDAMP:
+        return []
+    return [f"percdamp={percdamp!r}: must be at least {SMALLEST_PERCDAMP}."]

@@ -56,15 +56,6 @@ class GridSearch:
     stride: int = 24
 
 
-def stored_bits(wbits: int | float, groupsize: int, in_features: int) -> float:
-    """Bits a weight takes with its share of a group's scale (16) and zero point (``wbits``).
-
-    >>> stored_bits(4, 128, 4096)
-    4.15625
-    """
-    return wbits + (16 + wbits) / (in_features if groupsize == -1 else groupsize)
-
-
 def fit_grid(
     groups: Float[Tensor, "groups columns out"],
     *,

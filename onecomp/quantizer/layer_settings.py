@@ -1,4 +1,4 @@
-"""Settings that differ from layer to layer, and group sizes that have to fit them."""
+"""Settings that differ from layer to layer; group sizes that have to fit, and what they cost."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -20,6 +20,24 @@ def setting_of(
     if by_name and layer_name in by_name:
         return by_name[layer_name]
     return of_mlps if of_mlps is not None and "mlp" in layer_name else default
+
+
+def stored_bits(
+    wbits: int | float, groupsize: int, in_features: int, *, group_bits: int | float | None = None
+) -> float:
+    """Bits a weight takes: those of its code, and its share of what its group stores.
+
+    Args:
+        wbits: Bits of the code.
+        groupsize: Columns that share a group; -1 for a whole row.
+        in_features: Columns of the layer.
+        group_bits: Bits of a group; None for those of a scale (16) and a zero point (``wbits``).
+
+    >>> stored_bits(4, 128, 4096), stored_bits(1, -1, 4096, group_bits=32)
+    (4.15625, 1.0078125)
+    """
+    shared = 16 + wbits if group_bits is None else group_bits
+    return wbits + shared / (in_features if groupsize == -1 else groupsize)
 
 
 def group_problems(

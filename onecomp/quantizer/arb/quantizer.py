@@ -13,10 +13,10 @@ from onecomp.quantizer.arb.algorithm import staged_levels
 from onecomp.quantizer.arb.result import ARBResult
 from onecomp.quantizer.binary import Binary
 from onecomp.quantizer.binary_group import BinarySearch, search_problems
-from onecomp.quantizer.checks import is_whole
+from onecomp.quantizer.checks import whole_problems
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.layer_settings import group_problems
+from onecomp.quantizer.layer_settings import group_problems, stored_bits
 
 
 @dataclass
@@ -53,11 +53,9 @@ class ARB(WeightQuantizer):
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
         counts = {"arb_iters": self.arb_iters, "split_points": self.split_points}
-        return [
-            f"{name}={value!r}: must be a whole number, at least 1."
-            for name, value in counts.items()
-            if not is_whole(value, 1)
-        ] + search_problems(self.groupsize, self.percdamp, self.drift_ratio)
+        return whole_problems(counts, 1) + search_problems(
+            self.groupsize, self.percdamp, self.drift_ratio
+        )
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""
@@ -72,27 +70,25 @@ class ARB(WeightQuantizer):
         wbits: int | float | None = None,
     ) -> float:
         """Signs, and scale and mean of every group."""
-        return (wbits or 1) + 32 / (in_features if self.groupsize == -1 else self.groupsize)
+        return stored_bits(wbits or 1, self.groupsize, in_features, group_bits=32)
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""
-        return (self._search(1).factor_key,)
+        return (self._search().factor_key,)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """Passes over the columns, for every start."""
-        return self._search(1).cost(num_rows, in_features, num_starts=self.split_points)
+        return self._search().cost(num_rows, in_features, num_starts=self.split_points)
 
-    def _search(self, num_groups: int) -> BinarySearch:
-        return BinarySearch(num_groups, self.arb_iters, self.percdamp, self.drift_ratio)
+    def _search(self) -> BinarySearch:
+        return BinarySearch(self.groupsize, self.arb_iters, self.percdamp, self.drift_ratio)
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, ARBResult]:
         """Quantize layers that share an input."""
-        in_features = factors.hessian.shape[0]
-        num_groups = 1 if self.groupsize == -1 else in_features // self.groupsize
         starts = partial(staged_levels, split_points=self.split_points)
-        binaries = self._search(num_groups).group(weights, factors, starts)
+        binaries = self._search().group(weights, factors, starts)
         return {name: self._result(binary) for name, binary in binaries.items()}
 
     def _result(self, binary: Binary) -> ARBResult:

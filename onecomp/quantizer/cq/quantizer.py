@@ -10,12 +10,12 @@ from torch import Tensor
 from onecomp.quantizer.binary import Binary, Levels
 from onecomp.quantizer.binary_group import BinarySearch, search_problems
 from onecomp.quantizer.binary_levels import by_group
-from onecomp.quantizer.checks import is_whole
+from onecomp.quantizer.checks import whole_problems
 from onecomp.quantizer.cq.algorithm import two_clusters
 from onecomp.quantizer.cq.result import CQResult
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.layer_settings import group_problems
+from onecomp.quantizer.layer_settings import group_problems, stored_bits
 
 
 @dataclass
@@ -59,10 +59,7 @@ class CQ(WeightQuantizer):
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
         problems = search_problems(self.groupsize, self.percdamp, self.drift_ratio)
-        if not is_whole(self.refine_iters, 0):
-            problems.append(
-                f"refine_iters={self.refine_iters!r}: must be a whole number, 0 or more."
-            )
+        problems += whole_problems({"refine_iters": self.refine_iters}, 0)
         if not self.each_row and self.groupsize != -1:
             problems.append(
                 f"each_row=False, groupsize={self.groupsize!r}: one pair of means for the whole "
@@ -83,21 +80,21 @@ class CQ(WeightQuantizer):
         wbits: int | float | None = None,
     ) -> float:
         """Codes, and both means of every group, or of the layer."""
-        if not self.each_row:
-            return (wbits or 1) + 32 / (in_features * out_features)
-        return (wbits or 1) + 32 / (in_features if self.groupsize == -1 else self.groupsize)
+        # A layer with a single pair of means counts as one long row.
+        row = in_features if self.each_row else in_features * out_features
+        return stored_bits(wbits or 1, self.groupsize, row, group_bits=32)
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one."""
-        return (self._search(1).factor_key,)
+        return (self._search().factor_key,)
 
     def solve_cost(self, num_rows: int, in_features: int) -> float:
         """Passes over the columns."""
-        return self._search(1).cost(num_rows, in_features, num_starts=1)
+        return self._search().cost(num_rows, in_features, num_starts=1)
 
-    def _search(self, num_groups: int) -> BinarySearch:
+    def _search(self) -> BinarySearch:
         return BinarySearch(
-            num_groups,
+            self.groupsize,
             self.refine_iters,
             self.percdamp,
             self.drift_ratio,
@@ -109,9 +106,7 @@ class CQ(WeightQuantizer):
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None
     ) -> dict[str, CQResult]:
         """Quantize layers that share an input."""
-        in_features = factors.hessian.shape[0]
-        num_groups = 1 if self.groupsize == -1 else in_features // self.groupsize
-        binaries = self._search(num_groups).group(weights, factors, self._starts)
+        binaries = self._search().group(weights, factors, self._starts)
         return {name: self._result(binary) for name, binary in binaries.items()}
 
     def _starts(self, columns: Tensor, importance: Tensor, num_groups: int) -> list[Levels]:

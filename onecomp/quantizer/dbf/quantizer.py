@@ -11,7 +11,7 @@ from onecomp.errors import QuantizationError
 from onecomp.export.quant_config import LayerFormat, dbf_format, dbf_quant_config
 from onecomp.linalg import all_finite
 from onecomp.quantizer.baseline import nearest_weight, sign_mean_weight
-from onecomp.quantizer.checks import as_number, is_whole
+from onecomp.quantizer.checks import as_number, positive_problems, whole_problems
 from onecomp.quantizer.dbf.admm import Search
 from onecomp.quantizer.dbf.algorithm import dbf_quantize
 from onecomp.quantizer.dbf.coordinates import BALANCE_MODES, Balancing
@@ -101,15 +101,12 @@ class DBF(WeightQuantizer):
         return problems + self._search_problems()
 
     def _search_problems(self) -> list[str]:
-        problems = []
-        if not is_whole(self.iters, 1):
-            problems.append(f"iters={self.iters!r}: must be a whole number, at least 1.")
+        problems = whole_problems({"iters": self.iters}, 1)
         if not as_number(self.reg) >= 0:
             problems.append(f"reg={self.reg!r}: must be a number, at least 0.")
-        if self.use_balancing and not is_whole(self.balance_iters, 1):
-            problems.append(f"balance_iters={self.balance_iters!r}: must be at least 1.")
-        if self.use_balancing and not as_number(self.balance_alpha) > 0:
-            problems.append(f"balance_alpha={self.balance_alpha!r}: must be above 0.")
+        if self.use_balancing:
+            problems += whole_problems({"balance_iters": self.balance_iters}, 1)
+            problems += positive_problems({"balance_alpha": self.balance_alpha})
         if self.use_balancing and self.balance_mode not in BALANCE_MODES:
             modes = " or ".join(map(repr, BALANCE_MODES))
             problems.append(f"balance_mode={self.balance_mode!r}: must be {modes}.")

@@ -12,9 +12,9 @@ from torch import Tensor
 from onecomp.errors import QuantizationError
 from onecomp.export.quant_config import LayerFormat, gptq_format, gptq_quant_config
 from onecomp.linalg import quadratic_form
-from onecomp.quantizer.checks import as_number, is_group_size, is_whole
+from onecomp.quantizer.checks import group_size_problems, positive_problems, whole_problems
 from onecomp.quantizer.errors_of import RowErrors
-from onecomp.quantizer.factors import FactorKey, HessianFactors
+from onecomp.quantizer.factors import FactorKey, HessianFactors, percdamp_problems
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.gptq.algorithm import (
     GridRule,
@@ -24,11 +24,15 @@ from onecomp.quantizer.gptq.algorithm import (
     nearest_solution,
 )
 from onecomp.quantizer.gptq.result import GPTQResult
-from onecomp.quantizer.grid import SEARCH_COST, GridSearch, stored_bits
-from onecomp.quantizer.layer_settings import fitting_sizes, group_problems, setting_of
+from onecomp.quantizer.grid import SEARCH_COST, GridSearch
+from onecomp.quantizer.layer_settings import (
+    fitting_sizes,
+    group_problems,
+    setting_of,
+    stored_bits,
+)
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
-SMALLEST_PERCDAMP = 3.95e-4
 COLUMN_COST = 3_000_000
 """Multiplications that take as long as the calls a column costs, measured on a CPU."""
 WEIGHT_COST = 4000
@@ -95,36 +99,25 @@ class GPTQ(WeightQuantizer):
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
-        bits = {"wbits": self.wbits, "mlp_wbits": self.mlp_wbits}
+        bits, sizes = {"wbits": self.wbits}, {"groupsize": self.groupsize}
+        if self.mlp_wbits is not None:
+            bits["mlp_wbits"] = self.mlp_wbits
+        if self.mlp_groupsize is not None:
+            sizes["mlp_groupsize"] = self.mlp_groupsize
         by_layer = self.module_wbits or {}
         if isinstance(by_layer, dict):
             bits |= {f"module_wbits[{name!r}]": value for name, value in by_layer.items()}
-        sizes = {"groupsize": self.groupsize, "mlp_groupsize": self.mlp_groupsize}
-        optional = {"mlp_wbits", "mlp_groupsize"}
-        problems = [
-            f"{name}={value!r}: must be a whole number from 1 to 8."
-            for name, value in bits.items()
-            if not (value is None and name in optional) and not is_whole(value, 1, 8)
-        ]
-        problems += [
-            f"{name}={value!r}: must be -1 (one group a row) or at least 1."
-            for name, value in sizes.items()
-            if not (value is None and name in optional) and not is_group_size(value)
-        ]
+        problems = whole_problems(bits, 1, 8) + group_size_problems(sizes)
         if not isinstance(by_layer, dict):
             problems.append(f"module_wbits={by_layer!r}: must be a dict of bits by layer name.")
         return problems + self._solver_problems()
 
     def _solver_problems(self) -> list[str]:
-        problems = []
-        if not is_whole(self.blocksize, 1):
-            problems.append(f"blocksize={self.blocksize!r}: must be a whole number, at least 1.")
-        if not as_number(self.percdamp) >= SMALLEST_PERCDAMP:
-            problems.append(f"percdamp={self.percdamp!r}: must be at least {SMALLEST_PERCDAMP}.")
-        if self.mse and not is_whole(self.q_grid, 1):
-            problems.append(f"q_grid={self.q_grid!r}: must be a whole number, at least 1.")
-        if self.mse and not as_number(self.q_norm) > 0:
-            problems.append(f"q_norm={self.q_norm!r}: must be above 0.")
+        problems = whole_problems({"blocksize": self.blocksize}, 1)
+        problems += percdamp_problems(self.percdamp)
+        if self.mse:
+            problems += whole_problems({"q_grid": self.q_grid}, 1)
+            problems += positive_problems({"q_norm": self.q_norm})
         return problems
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:

@@ -12,18 +12,18 @@ from onecomp.errors import QuantizationError
 from onecomp.export.quant_config import LayerFormat, gptq_format, gptq_quant_config
 from onecomp.linalg import HessianFactor
 from onecomp.quantizer.baseline import nearest_weight
-from onecomp.quantizer.checks import as_number, is_whole
+from onecomp.quantizer.checks import as_number, is_whole, whole_problems
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.gptq import GPTQ
-from onecomp.quantizer.grid import GridSearch, stored_bits
+from onecomp.quantizer.grid import GridSearch
 from onecomp.quantizer.jointq.algorithm import Effort
 from onecomp.quantizer.jointq.lambda_path import Falling, LambdaPath, Rising, RowSolver
 from onecomp.quantizer.jointq.perturbation import Perturbation
 from onecomp.quantizer.jointq.problem import Kept, Problem, damped, regularizer
 from onecomp.quantizer.jointq.result import JointQResult
 from onecomp.quantizer.jointq.starts import GPTQStart, Starts, in_group_order
-from onecomp.quantizer.layer_settings import fitting_sizes, group_problems
+from onecomp.quantizer.layer_settings import fitting_sizes, group_problems, stored_bits
 from onecomp.quantizer.pieces import even_cuts, row_tile
 
 FIXED, INCREMENTAL = "fixed_lambda", "incremental_lambda"
@@ -166,17 +166,13 @@ class JointQ(WeightQuantizer):
         ]
 
     def _search_problems(self) -> list[str]:
-        numbers = {
-            "ils_num_iterations": (self.ils_num_iterations, 1),
-            "ils_num_clones": (self.ils_num_clones, 1),
-            "ils_num_channels": (self._most_rows(), 1),
-            "num_restarts": (self.num_restarts, 0),
+        counts = {
+            "ils_num_iterations": self.ils_num_iterations,
+            "ils_num_clones": self.ils_num_clones,
+            "ils_num_channels": self._most_rows(),
         }
-        problems = [
-            f"{name}={value!r}: must be a whole number, at least {least}."
-            for name, (value, least) in numbers.items()
-            if not is_whole(value, least)
-        ]
+        problems = whole_problems(counts, 1)
+        problems += whole_problems({"num_restarts": self.num_restarts}, 0)
         if self.gptq is not None and not isinstance(self.gptq, GPTQ):
             problems.append(f"gptq={self.gptq!r}: must be a GPTQ, or None for the default.")
         return problems

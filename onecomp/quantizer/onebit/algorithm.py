@@ -41,6 +41,12 @@ class OneBit:
     signs: Float[Tensor, "in out"]
     """+1 and -1."""
 
+    @staticmethod
+    def of(binary: Binary) -> "OneBit":
+        """A group for each row and levels around zero as they are, column scales of one."""
+        scales = binary.signs.new_ones(len(binary.signs))
+        return OneBit(binary.levels.half[0], scales, binary.signs)
+
     def columns(self) -> Float[Tensor, "in out"]:
         """The transposed weight."""
         return (self.signs * self.column_scale[:, None]).mul_(self.row_scale)
@@ -153,15 +159,6 @@ def sign_start(weight: Float[Tensor, "out in"], scales: tuple[Tensor, Tensor]) -
     signs = torch.where(weight < 0, -1.0, 1.0).T.contiguous()
     least = torch.tensor(SMALLEST_SHARE, device=weight.device)
     return OneBit(row_scale * mean, (column_scale / mean).clamp_(min=least), signs)
-
-
-def sign_mean(weight: Float[Tensor, "out in"]) -> OneBit:
-    """The weight's own signs times its rows' mean magnitudes, column scales of one."""
-    return OneBit(
-        in_float16(weight.abs().mean(dim=1)),
-        weight.new_ones(weight.shape[1]),
-        torch.where(weight < 0, -1.0, 1.0).T.contiguous(),
-    )
 
 
 def with_compensated_signs(

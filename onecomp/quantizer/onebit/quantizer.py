@@ -11,7 +11,8 @@ from onecomp.errors import QuantizationError
 from onecomp.export.bits import pack_bits
 from onecomp.export.quant_config import LayerFormat
 from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
-from onecomp.quantizer.checks import as_number, is_whole
+from onecomp.quantizer.binary_levels import sign_mean
+from onecomp.quantizer.checks import positive_problems, whole_problems
 from onecomp.quantizer.drift import drift_problems, drifted
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
@@ -20,7 +21,6 @@ from onecomp.quantizer.onebit.algorithm import (
     ScaleStart,
     in_storable_scales,
     search,
-    sign_mean,
     sign_start,
     with_compensated_signs,
 )
@@ -68,17 +68,11 @@ class Onebit(WeightQuantizer):
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
-        problems = []
-        if not is_whole(self.iters, 1):
-            problems.append(f"iters={self.iters!r}: must be a whole number, at least 1.")
-        if self.use_balancing and not is_whole(self.balance_iters, 1):
-            problems.append(
-                f"balance_iters={self.balance_iters!r}: must be a whole number, at least 1."
-            )
-        if self.use_balancing and not as_number(self.balance_alpha) > 0:
-            problems.append(f"balance_alpha={self.balance_alpha!r}: must be above 0.")
-        if not as_number(self.percdamp) > 0:
-            problems.append(f"percdamp={self.percdamp!r}: must be above 0.")
+        problems = whole_problems({"iters": self.iters}, 1)
+        if self.use_balancing:
+            problems += whole_problems({"balance_iters": self.balance_iters}, 1)
+            problems += positive_problems({"balance_alpha": self.balance_alpha})
+        problems += positive_problems({"percdamp": self.percdamp})
         return problems + drift_problems(self.drift_ratio)
 
     def bits_per_weight(
@@ -125,7 +119,7 @@ class Onebit(WeightQuantizer):
             factor = factors.at(self.percdamp, by_activation=True)
         except QuantizationError as error:
             factors.fallbacks.append(f"sign times mean: {error}")
-            return sign_mean(columns.T)
+            return OneBit.of(sign_mean(columns))
         # The start takes much memory: it is made before the Hessian is damped, and not kept.
         found = search(
             columns,
@@ -156,7 +150,7 @@ class Onebit(WeightQuantizer):
         self, columns: Float[Tensor, "in out"], found: OneBit, factors: HessianFactors
     ) -> tuple[OneBit, Float[Tensor, "out"]]:
         """What was found or signs times means, whichever is better, and the errors of its rows."""
-        errors, plain = found.errors(columns, factors.hessian), sign_mean(columns.T)
+        errors, plain = found.errors(columns, factors.hessian), OneBit.of(sign_mean(columns))
         plain_errors = plain.errors(columns, factors.hessian)
         if not plain_errors.sum() < errors.sum():
             return found, errors

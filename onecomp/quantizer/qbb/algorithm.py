@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onecomp.quantizer.binary_levels import in_float16
 from onecomp.quantizer.qbb.fit import refitted
-from onecomp.quantizer.qbb.levels import Bases, Levels
+from onecomp.quantizer.qbb.levels import Bases, BasisLevels
 from onecomp.quantizer.qbb.starts import greedy_levels
 from onecomp.quantizer.qbb.walk import moved
 
@@ -32,7 +32,7 @@ def with_one_more(
     alpha, rest = bases.levels.alpha, bases.rest(columns)
     added = greedy_levels(rest, importance, num_bases=1, num_groups=len(alpha)).alpha
     bit = (rest >= 0).to(torch.uint8) << bases.levels.num_bases
-    return Bases(bases.codes | bit, Levels(in_float16(torch.cat([alpha, added], dim=1))))
+    return Bases(bases.codes | bit, BasisLevels(in_float16(torch.cat([alpha, added], dim=1))))
 
 
 def descend(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onecomp.quantizer.binary_levels import in_float16
 from onecomp.quantizer.pieces import step_cuts
-from onecomp.quantizer.qbb.levels import Bases, Levels, sign_of
+from onecomp.quantizer.qbb.levels import Bases, BasisLevels, sign_of
 
 RIDGE = 1e-6
 """Of the mean diagonal: keeps the equations of the scales solvable where bases are equal."""
@@ -101,4 +101,4 @@ def _with_positive(bases: Bases, alpha: Float[Tensor, "groups bases out"]) -> Ba
     bits = torch.arange(alpha.shape[1], device=alpha.device, dtype=torch.uint8)
     turn = (negative << bits[:, None]).sum(dim=1, dtype=torch.uint8)
     turn = turn.repeat_interleave(len(bases.codes) // len(alpha), dim=0)
-    return Bases(bases.codes ^ turn, Levels(alpha.abs()))
+    return Bases(bases.codes ^ turn, BasisLevels(alpha.abs()))

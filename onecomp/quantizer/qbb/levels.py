@@ -16,7 +16,7 @@ from onecomp.quantizer.pieces import step_cuts
 
 
 @dataclass(frozen=True)
-class Levels:
+class BasisLevels:
     """The sums of signed scales that a weight of a group of a row can take."""
 
     alpha: Float[Tensor, "groups bases out"]
@@ -45,9 +45,9 @@ class Levels:
         place = torch.searchsorted(middles, columns.T.contiguous())
         return levels.gather(1, place).T, codes.gather(1, place).T
 
-    def rows(self, start: int, stop: int) -> "Levels":
+    def rows(self, start: int, stop: int) -> "BasisLevels":
         """Those of some rows."""
-        return Levels(self.alpha[..., start:stop])
+        return BasisLevels(self.alpha[..., start:stop])
 
     def rounded(self, columns: Float[Tensor, "in out"]) -> "Bases":
         """Every weight on its own takes the nearest level."""
@@ -66,7 +66,7 @@ class Bases:
 
     codes: UInt8[Tensor, "in out"]
     """Bit i is 1 where base i is +1."""
-    levels: Levels
+    levels: BasisLevels
 
     def signs(self, base: int) -> Float[Tensor, "in out"]:
         """One sign matrix, transposed."""
@@ -104,12 +104,12 @@ class Bases:
     def join(parts: "Sequence[Bases]") -> "Bases":
         """The bases of more rows."""
         alpha = torch.cat([part.levels.alpha for part in parts], dim=2)
-        return Bases(torch.cat([part.codes for part in parts], dim=1), Levels(alpha))
+        return Bases(torch.cat([part.codes for part in parts], dim=1), BasisLevels(alpha))
 
     def replace_rows(self, rows: Bool[Tensor, "out"], other: "Bases") -> "Bases":
         """``other`` where ``rows`` is true."""
         alpha = torch.where(rows, other.levels.alpha, self.levels.alpha)
-        return Bases(torch.where(rows, other.codes, self.codes), Levels(alpha))
+        return Bases(torch.where(rows, other.codes, self.codes), BasisLevels(alpha))
 
 
 def sign_of(codes: Integer[Tensor, "*shape"], base: int) -> Float[Tensor, "*shape"]:

@@ -11,11 +11,16 @@ from torch import Tensor
 from onecomp.errors import QuantizationError
 from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
 from onecomp.quantizer.baseline import nearest_weight
-from onecomp.quantizer.checks import as_number, is_group_size, is_whole
+from onecomp.quantizer.checks import (
+    group_size_problems,
+    is_whole,
+    positive_problems,
+    whole_problems,
+)
 from onecomp.quantizer.drift import drift_problems, drifted
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.layer_settings import group_problems
+from onecomp.quantizer.layer_settings import group_problems, stored_bits
 from onecomp.quantizer.qbb.algorithm import descend, with_one_more
 from onecomp.quantizer.qbb.levels import Bases
 from onecomp.quantizer.qbb.result import QBBResult
@@ -83,15 +88,9 @@ class QBB(WeightQuantizer):
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
-        problems = []
-        if not is_whole(self.wbits, 1, 8):
-            problems.append(f"wbits={self.wbits!r}: must be a whole number from 1 to 8.")
-        if not is_whole(self.iters_per_basis, 1):
-            problems.append(
-                f"iters_per_basis={self.iters_per_basis!r}: must be a whole number, at least 1."
-            )
-        if not as_number(self.lr) > 0:
-            problems.append(f"lr={self.lr!r}: must be above 0.")
+        problems = whole_problems({"wbits": self.wbits}, 1, 8)
+        problems += whole_problems({"iters_per_basis": self.iters_per_basis}, 1)
+        problems += positive_problems({"lr": self.lr})
         if self.ste_type not in STE_TYPES:
             problems.append(f"ste_type={self.ste_type!r}: must be {', '.join(STE_TYPES)}.")
         if self.use_progressive_quantization and not is_whole(
@@ -101,10 +100,8 @@ class QBB(WeightQuantizer):
                 f"progressive_bits={self.progressive_bits!r}: must be a whole number from 1 to "
                 f"wbits={self.wbits!r}."
             )
-        if not is_group_size(self.groupsize):
-            problems.append(f"groupsize={self.groupsize!r}: must be -1 or at least 1.")
-        if not as_number(self.percdamp) > 0:
-            problems.append(f"percdamp={self.percdamp!r}: must be above 0.")
+        problems += group_size_problems({"groupsize": self.groupsize})
+        problems += positive_problems({"percdamp": self.percdamp})
         return problems + drift_problems(self.drift_ratio)
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
@@ -121,7 +118,7 @@ class QBB(WeightQuantizer):
     ) -> float:
         """Sign matrices, and a scale of each for every group."""
         bits = wbits or self.wbits
-        return bits + 16 * bits / (in_features if self.groupsize == -1 else self.groupsize)
+        return stored_bits(bits, self.groupsize, in_features, group_bits=16 * bits)
 
     def factor_keys(self) -> tuple[FactorKey, ...]:
         """A single one: columns that matter most are decided first."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from onecomp.quantizer.binary_levels import in_float16
 from onecomp.quantizer.pieces import step_cuts
 from onecomp.quantizer.qbb.fit import refitted
-from onecomp.quantizer.qbb.levels import Bases, Levels
+from onecomp.quantizer.qbb.levels import Bases, BasisLevels
 
 START_FITS = 5
 """Rounds of fitting the scales."""
@@ -24,7 +24,7 @@ def greedy_levels(
     *,
     num_bases: int,
     num_groups: int,
-) -> Levels:
+) -> BasisLevels:
     """Each base takes the signs of what those before it leave, and their mean magnitude as scale.
 
     Args:
@@ -40,12 +40,12 @@ def greedy_levels(
     for _ in range(num_bases):
         alpha.append((rest * shares).sum(dim=1))
         rest = (rest - alpha[-1][:, None]).abs_()
-    return Levels(in_float16(torch.stack(alpha, dim=1)))
+    return BasisLevels(in_float16(torch.stack(alpha, dim=1)))
 
 
 def even_levels(
     columns: Float[Tensor, "in out"], *, num_bases: int, num_groups: int, shrink: float = 1.0
-) -> Levels:
+) -> BasisLevels:
     """Evenly spaced levels from minus to plus the largest magnitude, or a part of it.
 
     The scales are powers of two times half a step: plain rounding at these bits, with as many
@@ -55,7 +55,7 @@ def even_levels(
     reach = magnitudes.amax(dim=1) if num_bases > 1 else magnitudes.mean(dim=1)
     powers = 2.0 ** torch.arange(num_bases - 1, -1, -1, device=columns.device)
     step = reach * (shrink / (2**num_bases - 1))
-    return Levels(in_float16(powers[:, None] * step[:, None, :]))
+    return BasisLevels(in_float16(powers[:, None] * step[:, None, :]))
 
 
 def start_levels(
@@ -64,7 +64,7 @@ def start_levels(
     *,
     num_bases: int,
     num_groups: int,
-) -> Levels:
+) -> BasisLevels:
     """Levels of least squared error without compensation, weighted by column.
 
     The best of the greedy and of evenly spaced ones, then fitted.
@@ -72,12 +72,12 @@ def start_levels(
     cuts = step_cuts(columns.shape[1], len(columns))
     counts = {"num_bases": num_bases, "num_groups": num_groups}
     alpha = [_start_levels(columns[:, a:b], importance, **counts).alpha for a, b in cuts]
-    return Levels(torch.cat(alpha, dim=2))
+    return BasisLevels(torch.cat(alpha, dim=2))
 
 
 def _start_levels(
     columns: Tensor, importance: Tensor, *, num_bases: int, num_groups: int
-) -> Levels:
+) -> BasisLevels:
     counts = {"num_bases": num_bases, "num_groups": num_groups}
     shrinks = torch.linspace(1, 1 / SHRINKS, SHRINKS).tolist() if num_bases > 1 else [1.0]
     best = greedy_levels(columns, importance, **counts)
@@ -86,14 +86,14 @@ def _start_levels(
         levels = even_levels(columns, **counts, shrink=shrink)
         errors = _weighted_errors(columns, levels.rounded(columns), importance, num_groups)
         better = (errors < least)[:, None]
-        best = Levels(torch.where(better, levels.alpha, best.alpha))
+        best = BasisLevels(torch.where(better, levels.alpha, best.alpha))
         least = torch.minimum(least, errors)
     return fitted_levels(columns, best, importance)
 
 
 def fitted_levels(
-    columns: Float[Tensor, "in out"], levels: Levels, importance: Float[Tensor, "in"]
-) -> Levels:
+    columns: Float[Tensor, "in out"], levels: BasisLevels, importance: Float[Tensor, "in"]
+) -> BasisLevels:
     """Scales fitted in turns with the choice of the nearest level, errors weighted by column.
 
     Lloyd's algorithm for levels that are sums.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onecomp.linalg import HessianFactor
 from onecomp.quantizer.pieces import step_cuts
-from onecomp.quantizer.qbb.levels import Bases, Levels
+from onecomp.quantizer.qbb.levels import Bases, BasisLevels
 
 COLUMN_BLOCK = 128
 """Columns after which all later ones are brought up to date in one product."""
@@ -19,7 +19,9 @@ PANEL_COLUMNS = 16
 """Columns after which those of the column block are."""
 
 
-def compensated(columns: Float[Tensor, "in out"], levels: Levels, factor: HessianFactor) -> Bases:
+def compensated(
+    columns: Float[Tensor, "in out"], levels: BasisLevels, factor: HessianFactor
+) -> Bases:
     """Nearest levels column by column, the columns to come making up for each error.
 
     Frantar et al., 2023 (arXiv:2210.17323), algorithm 1, on levels that are not a uniform grid.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onecomp.errors import QuantizationError
 from onecomp.linalg import quadratic_form
-from onecomp.quantizer.checks import as_number, is_whole
+from onecomp.quantizer.checks import as_number, is_whole, whole_problems
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.grid import fit_grid, round_to_nearest
@@ -72,9 +72,7 @@ class QUIP(WeightQuantizer):
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
-        problems = []
-        if not is_whole(self.wbits, 1, 8):
-            problems.append(f"wbits={self.wbits!r}: must be a whole number from 1 to 8.")
+        problems = whole_problems({"wbits": self.wbits}, 1, 8)
         if not as_number(self.percdamp) > 0:
             problems.append(f"percdamp={self.percdamp!r}: must be above 0; 0.01 is usual.")
         if self.incoh_mode not in MATRICES:
@@ -82,11 +80,7 @@ class QUIP(WeightQuantizer):
             problems.append(f"incoh_mode={self.incoh_mode!r}: must be {known}.")
         if not is_whole(self.seed, 0, LARGEST_SEED):
             problems.append(f"seed={self.seed!r}: must be a whole number from 0 to 2**62.")
-        if not is_whole(self.greedy_passes, 0):
-            problems.append(
-                f"greedy_passes={self.greedy_passes!r}: must be a whole number, at least 0."
-            )
-        return problems
+        return problems + whole_problems({"greedy_passes": self.greedy_passes}, 0)
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Sizes without a Hadamard matrix, and sizes whose rotation would be too large."""

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.export.quant_config import LayerFormat, gptq_format, gptq_quant_config
-from onecomp.quantizer.checks import as_number, is_group_size, is_whole
+from onecomp.quantizer.checks import as_number, group_size_problems, is_whole, whole_problems
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
-from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest, stored_bits
-from onecomp.quantizer.layer_settings import group_problems
+from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest
+from onecomp.quantizer.layer_settings import group_problems, stored_bits
 from onecomp.quantizer.pieces import even_cuts, row_tile
 from onecomp.quantizer.rtn.result import RTNResult
 
@@ -42,11 +42,8 @@ class RTN(WeightQuantizer):
 
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
-        problems = []
-        if not is_whole(self.wbits, 1, 8):
-            problems.append(f"wbits={self.wbits!r}: must be a whole number from 1 to 8.")
-        if not is_group_size(self.groupsize):
-            problems.append(f"groupsize={self.groupsize!r}: must be -1 or at least 1.")
+        problems = whole_problems({"wbits": self.wbits}, 1, 8)
+        problems += group_size_problems({"groupsize": self.groupsize})
         if self.mse and not (is_whole(self.grid, 1) and as_number(self.norm) > 0):
             problems.append(f"grid={self.grid!r}, norm={self.norm!r}: grid >= 1 and norm > 0.")
         return problems

@@ -5,7 +5,7 @@ from onecomp.quantizer.binary import Binary, Levels, sign_mean
 from onecomp.quantizer.binary_group import BinarySearch, importance_of
 from onecomp.quantizer.factors import HessianFactors
 
-SEARCH = BinarySearch(num_groups=1, num_rounds=3, percdamp=0.01, drift_ratio=0.0)
+SEARCH = BinarySearch(groupsize=-1, num_rounds=3, percdamp=0.01, drift_ratio=0.0)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -46,7 +46,7 @@ def test_compensation_fit_and_turns_are_far_better_than_the_sign_times_the_mean(
 
 def test_rows_that_the_sign_times_the_mean_serves_better_become_that_and_are_counted():
     weight, factors = draw(30, 64), correlated_factors(64)
-    search = BinarySearch(num_groups=2, num_rounds=0, percdamp=0.01, drift_ratio=0.0)
+    search = BinarySearch(groupsize=32, num_rounds=0, percdamp=0.01, drift_ratio=0.0)
     found = search.group({"a": weight}, factors, wrong)["a"]
     assert factors.rounded_rows == 30
     assert torch.equal(found.columns(), sign_mean(weight.T, 2).columns())

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from onecomp.linalg import HessianFactor, damped_hessian
+from onecomp.quantizer.binary_levels import sign_mean
 from onecomp.quantizer.onebit.algorithm import (
     OneBit,
     ScaleStart,
@@ -10,7 +11,6 @@ from onecomp.quantizer.onebit.algorithm import (
     in_storable_scales,
     leading_pair,
     search,
-    sign_mean,
     sign_start,
     with_compensated_signs,
     with_fitted_columns,
@@ -142,7 +142,7 @@ def test_signs_flip_from_the_start_and_the_error_falls_because_of_it():
 def test_column_scales_help():
     weight, hessian = draw(30, 64) * torch.logspace(-1, 1, 64), correlated_hessian(64)
     found = search(weight.T, start_of(weight, hessian), hessian, num_rounds=10)
-    without = sign_mean(weight)
+    without = OneBit.of(sign_mean(weight.T))
     for _ in range(10):
         without = with_turned_signs(weight.T, without, hessian)
         without = with_fitted_rows(weight.T, without, hessian)

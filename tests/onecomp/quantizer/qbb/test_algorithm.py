@@ -5,7 +5,7 @@ from torch import Tensor
 from onecomp.linalg import HessianFactor, damped_hessian
 from onecomp.quantizer.qbb.algorithm import descend, with_one_more
 from onecomp.quantizer.qbb.fit import refitted
-from onecomp.quantizer.qbb.levels import Bases, Levels
+from onecomp.quantizer.qbb.levels import Bases, BasisLevels
 from onecomp.quantizer.qbb.starts import (
     even_levels,
     fitted_levels,
@@ -42,7 +42,7 @@ def all_sums(alpha: Tensor) -> Tensor:
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_rounding_takes_the_nearest_of_all_sums(num_bases, num_groups):
     columns = draw(12, 5)
-    levels = Levels(draw(num_groups, num_bases, 5, seed=1).abs())
+    levels = BasisLevels(draw(num_groups, num_bases, 5, seed=1).abs())
     bases = levels.rounded(columns)
     values = bases.columns()
     for column in range(12):
@@ -199,6 +199,6 @@ def test_one_more_base_takes_the_signs_that_are_left():
 def test_equal_bases_are_no_obstacle():
     columns, hessian = draw(64, 4), correlated_hessian(64)
     codes = (columns >= 0).to(torch.uint8) * 3
-    found = refitted(columns, Bases(codes, Levels(torch.ones(1, 2, 4))), hessian)
-    one = refitted(columns, Bases(codes & 1, Levels(torch.ones(1, 1, 4))), hessian)
+    found = refitted(columns, Bases(codes, BasisLevels(torch.ones(1, 2, 4))), hessian)
+    one = refitted(columns, Bases(codes & 1, BasisLevels(torch.ones(1, 1, 4))), hessian)
     torch.testing.assert_close(found.columns(), one.columns(), rtol=3e-3, atol=0)

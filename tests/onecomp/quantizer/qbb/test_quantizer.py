@@ -189,7 +189,7 @@ def test_all_settings_are_checked_at_once():
         "iters_per_basis=0: must be a whole number, at least 1.",
         "lr=0.0: must be above 0.",
         "ste_type='hard': must be clipped, identity, tanh.",
-        "groupsize=0: must be -1 or at least 1.",
+        "groupsize=0: must be -1 (one group a row) or at least 1.",
         "percdamp=0.0: must be above 0.",
         "drift_ratio=-1.0: must be 0 or more.",
     ):
