@@ -8,7 +8,7 @@ from onecomp.quantizer.autobit.algorithm import TiedSet, allocate, reach, tie
 from onecomp.quantizer.autobit.assignment import Assignment, LayerChoice
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.dbf import DBF
-from onecomp.quantizer.dbf.rank import stored_bits
+from onecomp.quantizer.dbf.rank import bits_with_scales
 
 Shapes = Mapping[str, tuple[int, int]]
 """``(out_features, in_features)`` of every target layer by full name."""
@@ -207,7 +207,7 @@ class Assigner:
 
 def _average_with_dbf(shapes: Shapes, bits: float) -> float:
     """Stored bits a weight with DBF of so many bits in every layer."""
-    total = sum(math.prod(shape) * stored_bits(*shape, bits) for shape in shapes.values())
+    total = sum(math.prod(shape) * bits_with_scales(*shape, bits) for shape in shapes.values())
     return total / _num_weights(shapes)
 
 

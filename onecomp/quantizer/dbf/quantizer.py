@@ -16,7 +16,7 @@ from onecomp.quantizer.dbf.admm import Search
 from onecomp.quantizer.dbf.algorithm import dbf_quantize
 from onecomp.quantizer.dbf.coordinates import BALANCE_MODES, Balancing
 from onecomp.quantizer.dbf.factors import BinaryFactors
-from onecomp.quantizer.dbf.rank import achievable_bits, is_clamped, rank_of, stored_bits
+from onecomp.quantizer.dbf.rank import achievable_bits, bits_with_scales, is_clamped, rank_of
 from onecomp.quantizer.dbf.result import DBFResult, packed_signs
 from onecomp.quantizer.drift import drift_problems
 from onecomp.quantizer.factors import HessianFactors
@@ -181,7 +181,7 @@ class DBF(WeightQuantizer):
     ) -> float:
         """Signs and scales, as far as the shape has room."""
         bits = self.layer_bits(layer_name) if wbits is None else wbits
-        return stored_bits(out_features, in_features, float(bits))
+        return bits_with_scales(out_features, in_features, float(bits))
 
     # Quantizing
 

@@ -27,7 +27,7 @@ def achievable_bits(out_features: int, in_features: int, target_bits: float) -> 
     return rank * (out_features + in_features) / (out_features * in_features)
 
 
-def stored_bits(out_features: int, in_features: int, target_bits: float) -> float:
+def bits_with_scales(out_features: int, in_features: int, target_bits: float) -> float:
     """Bits per weight with the three scales."""
     rank = rank_of(out_features, in_features, target_bits)
     vectors = VECTOR_BITS * (out_features + rank + in_features)

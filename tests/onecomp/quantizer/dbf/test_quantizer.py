@@ -18,7 +18,7 @@ from onecomp.models import ModelConfig, ModelSource
 from onecomp.quantizer.baseline import nearest_weight, sign_mean_weight
 from onecomp.quantizer.dbf import DBF, DBFResult, DoubleBinaryLinear
 from onecomp.quantizer.dbf import quantizer as settings
-from onecomp.quantizer.dbf.rank import achievable_bits, is_clamped, rank_of, stored_bits
+from onecomp.quantizer.dbf.rank import achievable_bits, bits_with_scales, is_clamped, rank_of
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.runner import Runner
 from onecomp.statistics import GroupStatistics
@@ -103,7 +103,7 @@ def test_stored_bits_are_those_of_the_tensors():
     quantizer = dataclasses.replace(FAST, target_bits=1.0)
     [result] = quantize_group(quantizer, {"a": draw(64, 32)}, statistics_of(32), None)[0].values()
     num_bits = sum(8 * t.numel() * t.element_size() for t in result.tensors().values())
-    assert num_bits == stored_bits(64, 32, 1.0) * 64 * 32
+    assert num_bits == bits_with_scales(64, 32, 1.0) * 64 * 32
 
 
 def test_layers_without_room_are_told_once_with_what_they_get():
