@@ -139,11 +139,14 @@ def estimate_target_bitwidth(  # noqa: PLR0913 - the documented signature
     width = available * GB * 8 / max(1, quantizable) - meta
     if not quantizable or width <= 0:
         rule = (
-            f"total_vram_gb={total_gb:g} leaves {budget:.2f} GB at vram_ratio={vram_ratio:g}: "
-            f"{plain:.2f} GB of parameters that are not quantized, {cache:.2f} GB of cache and "
-            f"{meta:.2f} bits a weight of scales take all of it. "
+            f"total_vram_gb={total_gb:g} leaves {budget:.3g} GB at vram_ratio={vram_ratio:g}: "
+            f"{plain:.3g} GB of parameters that are not quantized, {cache:.3g} GB of cache and "
+            f"{meta:.2g} bits a weight of scales take all of it. "
         )
-        remedy = "Use a larger GPU, a larger vram_ratio or a smaller max_length."
+        remedy = (
+            "Use a larger GPU, vram_ratio or group_size, or a smaller max_length, batch_size or "
+            "kv_bits."
+        )
         raise ConfigError("VRAM estimate", [rule + remedy])
     return VRAMBitwidthEstimation(
         target_bitwidth=width,

@@ -24,6 +24,7 @@ from onecomp.models.layout import ModelLayout
 from onecomp.pipeline import quantize_model
 from onecomp.progress import Progress
 from onecomp.quantizer.autobit import Assignment, AutoBitQuantizer, SurveyResult
+from onecomp.quantizer.autobit.assigning import NOTABLE_BITS
 from onecomp.quantizer.autobit.heatmap import save_heatmap
 from onecomp.storage import remove_tree
 from onecomp.store import ASSIGNMENT_FILE, SURVEY, RunDirectory
@@ -31,9 +32,6 @@ from onecomp.survey.curvature import measure_curvature
 from onecomp.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
-
-NOTABLE_BITS = 0.05
-"""Bits a weight that are said to be left unspent."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +161,20 @@ def _report(method: AutoBitQuantizer, found: Assignment) -> None:
     known = "unknown" if average is None else f"{average:.3f}"
     wanted = "" if target is None else f" of {target:.3f}"
     logger.info("assigned %s%s bits a weight with scales: %s", known, wanted, ", ".join(counts))
-    is_short = target is not None and (average or 0.0) < target - NOTABLE_BITS
-    if is_short and not found.dbf_bits:  # what DBF falls short of was said before the run
-        logger.warning(
-            "the assignment takes %s bits a weight of %.3f: none nearer to it has a smaller error",
-            known, target,
-        )  # fmt: skip
+    if target is not None and (average or 0.0) < target - NOTABLE_BITS:
+        reason = (
+            "DBF has no room for more"
+            if found.dbf_bits
+            else "none nearer to it has a smaller error"
+        )
+        logger.warning("the assignment takes %s bits a weight of %.3f: %s", known, target, reason)
     if method.save_path is not None:
-        save_heatmap(found, method.save_path)
+        _draw(found, method.save_path)
+
+
+def _draw(found: Assignment, path: str) -> None:
+    """A picture that cannot be written is no reason to lose a run."""
+    try:
+        save_heatmap(found, path)
+    except OSError as error:
+        logger.warning("save_path=%s: the assignment was not drawn (%s)", path, error)

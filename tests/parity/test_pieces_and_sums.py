@@ -6,12 +6,14 @@ With tiles and thresholds of models this small, every unit of large ones is hand
 from pathlib import Path
 
 import pytest
+from every_method import METHODS
 from small_job import NUM_SHARDS, STRATEGIES, Made, assert_same, make, shards, small_skeleton
 from worker_settings import worker_settings
 
 from onecomp import schedule
 from onecomp.executor import LocalExecutor
-from onecomp.quantizer import GPTQ, RTN, Quantizer, pieces
+from onecomp.qep import QEPConfig
+from onecomp.quantizer import CQ, GPTQ, QBB, RTN, JointQ, Quantizer, pieces
 from onecomp.store import RunDirectory
 
 
@@ -44,6 +46,35 @@ def test_any_number_of_workers_writes_the_same(tiny_model_dir, tmp_path, strateg
 
     one, many = quantize(1), quantize(5)
     assert methods(tmp_path / "5") >= {"merge", "prepare", "quantize_pieces", "join"}
+    assert_same(many, one)
+
+
+BY_ROWS = {name: new for name, new in METHODS.items() if new().row_separable} | {
+    "cq of groups": lambda: CQ(groupsize=32, refine_iters=2),
+    "jointq in order": lambda: JointQ(bits=3, group_size=16, actorder=True, num_restarts=1),
+    "jointq along a path": lambda: JointQ(
+        bits=3, group_size=16, lambda_mode="incremental_lambda", regularization_mode="identity",
+        num_restarts=1,
+    ),
+    "qbb base by base": lambda: QBB(wbits=3, use_progressive_quantization=True, iters_per_basis=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", BY_ROWS)
+@pytest.mark.usefixtures("small_units")
+def test_rows_of_every_method_are_cut_without_a_trace(tiny_model_dir, tmp_path, method):
+    skeleton, qep = small_skeleton(tiny_model_dir, num_layers=1), QEPConfig()
+
+    def quantize(num_workers: int) -> Made:
+        run, quantizer = tmp_path / str(num_workers), BY_ROWS[method]()
+        used = qep if quantizer.flag_hessian else None
+        work = worker_settings(skeleton, quantizer, used, NUM_SHARDS, run)
+        given = shards() if quantizer.flag_calibration else []
+        return make(work, LocalExecutor(num_workers), given)
+
+    one, many = quantize(1), quantize(4)
+    if BY_ROWS[method]().flag_hessian:
+        assert "quantize_pieces" in methods(tmp_path / "4")
     assert_same(many, one)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onecomp.quantizer.autobit.algorithm import TiedSet, allocate, reach, tie
+from onecomp.quantizer.autobit.algorithm import ROUNDING, TiedSet, allocate, reach, tie
 from onecomp.quantizer.autobit.assignment import Assignment, LayerChoice
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.dbf import DBF
@@ -14,8 +14,14 @@ Shapes = Mapping[str, tuple[int, int]]
 """``(out_features, in_features)`` of every target layer by full name."""
 
 
-MOST_DBF_BITS = 2.0
-"""Where a square layer is full; others are before."""
+LEAST_DBF_BITS, MOST_DBF_BITS = 1e-4, 2.0
+"""A rank of one in any layer; where a square layer is full, others are before."""
+NOMINAL = {"": (4096, 4096)}
+"""Shape of a layer, for what has to be known before the model is."""
+SLACK = 0.5
+"""Bits by which a target may differ between that shape and the model's."""
+NOTABLE_BITS = 0.05
+"""Bits a weight that are said to be left unspent."""
 BISECTIONS = 20
 """Halvings of the bits between which those of DBF are looked for."""
 
@@ -45,8 +51,10 @@ class Assigner:
     @property
     def children(self) -> list[Quantizer]:
         """The candidates, and behind them DBF of the target's bits where that is low enough."""
-        is_low = self.auto_dbf and self.target_bit <= self.dbf_threshold
-        return [*self.candidates, *([self._dbf(float(self.target_bit))] if is_low else [])]
+        if not self.auto_dbf or self.target_bit > self.dbf_threshold:
+            return list(self.candidates)
+        dbf = self._dbf(min(float(self.target_bit), MOST_DBF_BITS))
+        return [*self.candidates, *([] if dbf in self.candidates else [dbf])]
 
     def target(self, shapes: Shapes) -> float:
         """Largest average of stored bits a weight.
@@ -67,27 +75,32 @@ class Assigner:
             total += rows * columns * sum(known) / len(known)
         return total / _num_weights(shapes)
 
-    def takes_only_dbf(self, shapes: Shapes, slack: float = 0.0) -> bool:
-        """Whether the target is below all that the candidates can do.
+    def may_take_only_dbf(self) -> bool:
+        """Whether the target may be below all candidates: what is known before the layers are."""
+        each = [c.bits_per_weight("", *reversed(NOMINAL[""])) for c in self.candidates]
+        known = [bits for bits in each if bits is not None]
+        return self.auto_dbf and bool(known) and self.target(NOMINAL) - SLACK < min(known)
 
-        Args:
-            shapes: The layers.
-            slack: Bits by which it would have to be lower for the answer to be False.
-        """
+    def takes_only_dbf(self, shapes: Shapes) -> bool:
+        """Whether the target is below all that the candidates can do."""
         if not self.auto_dbf:
             return False
         sets = self._sets(shapes, self.candidates)
-        if not all(part.allowed for part in sets):
-            return False
-        return self.target(shapes) + slack < reach(sets)[0] / _num_weights(shapes)
+        return all(part.allowed for part in sets) and self._is_below(shapes, sets)
+
+    def _is_below(self, shapes: Shapes, sets: Sequence[TiedSet]) -> bool:
+        """Whether the target is too low for every choice; what rounding does to it counts not."""
+        return self.target(shapes) < reach(sets)[0] / _num_weights(shapes) * (1 - ROUNDING)
 
     def problems(self, shapes: Shapes) -> list[str]:
         """What keeps these layers from any assignment, one sentence each."""
         if self.takes_only_dbf(shapes):
+            least, target = _average_with_dbf(shapes, LEAST_DBF_BITS), self.target(shapes)
+            if least <= target:
+                return []
             return [
-                f"target_bit={self.target_bit:g} is too low for the candidates, and for DBF in "
-                f"their place: {problem} Or raise target_bit."
-                for problem in self._dbf(float(self.target_bit)).model_problems(shapes)
+                f"target_bit={self.target_bit:g} is {target:.3f} bits a weight with scales: too "
+                f"low for the candidates, and for DBF, which takes {least:.3f}. Raise it."
             ]
         unknown = [
             f"{candidate.name} does not say what it stores (bits_per_weight), so that it can be a "
@@ -106,14 +119,13 @@ class Assigner:
         ]
         if problems:
             return problems
-        least, most = (bits / _num_weights(shapes) for bits in reach(sets))
-        target = self.target(shapes)
-        if target >= least * (1 - 1e-9):
+        if not self._is_below(shapes, sets):
             return []
+        least, most = (bits / _num_weights(shapes) for bits in reach(sets))
         return [
-            f"target_bit={self.target_bit:g} is {target:.3f} bits a weight with scales, but these "
-            f"candidates take {least:.3f} to {most:.3f}. Raise it, give a smaller candidate, or "
-            "take auto_dbf=True."
+            f"target_bit={self.target_bit:g} is {self.target(shapes):.3f} bits a weight with "
+            f"scales, but these candidates take {least:.3f} to {most:.3f}. Raise it, give a "
+            "smaller candidate, or take auto_dbf=True."
         ]
 
     def remarks(self, shapes: Shapes) -> list[str]:
@@ -123,6 +135,12 @@ class Assigner:
             dbf = self._dbf(self._dbf_bits(shapes))
             reason = f"{target} is too low for the candidates: all layers get {dbf.name}."
             return [reason, *dbf.remarks(shapes)]
+        most = reach(self._sets(shapes, self.children))[1] / _num_weights(shapes)
+        if self.target(shapes) > most + NOTABLE_BITS:
+            return [
+                f"{target} is {self.target(shapes):.3f} bits a weight with scales, but the "
+                f"candidates take {most:.3f} at most: the rest stays unused."
+            ]
         return [
             f"{target} is at most dbf_threshold={self.dbf_threshold:g}: {dbf.name} is a candidate."
             for dbf in self.children[len(self.candidates) :]
@@ -145,18 +163,16 @@ class Assigner:
     def _dbf_bits(self, shapes: Shapes) -> float:
         """Most bits of DBF with which all layers keep to the target.
 
-        They may be above an effective target, which layers without room for it fall short of.
+        They may be above it, as layers without room for so many fall short.
         """
-        target = self.target(shapes)
-        most = MOST_DBF_BITS if self.is_effective else float(self.target_bit)
+        target, least, most = self.target(shapes), LEAST_DBF_BITS, MOST_DBF_BITS
         if _average_with_dbf(shapes, most) <= target:
             return most
-        least = 0.0
         for _ in range(BISECTIONS):
             middle = (least + most) / 2
             fits = _average_with_dbf(shapes, middle) <= target
             least, most = (middle, most) if fits else (least, middle)
-        return round(least, 4) - 1e-4
+        return max(LEAST_DBF_BITS, math.floor(least * 1e4) / 1e4)
 
     def assign(self, shapes: Shapes, errors: Mapping[str, Sequence[float]]) -> Assignment:
         """The assignment with the least sum of errors that keeps to the target.

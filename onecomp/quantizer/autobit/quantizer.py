@@ -22,10 +22,6 @@ from onecomp.quantizer.result import QuantizationResult
 STRATEGIES = ("activation_aware", "ilp", "manual")
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that inference engines join in one, which then needs one format."""
-NOMINAL = {"": (4096, 4096)}
-"""Shape of a layer, for what has to be known before the model is."""
-SLACK = 0.5
-"""Bits by which a target may differ between that shape and the model's."""
 
 
 @dataclass
@@ -112,6 +108,8 @@ class AutoBitQuantizer(WeightQuantizer):
             problems.append(f"dbf_threshold={self.dbf_threshold!r}: must be a number, at least 0.")
         if self.dbf_iters is not None and not is_whole(self.dbf_iters, 1):
             problems.append(f"dbf_iters={self.dbf_iters!r}: must be None or at least 1.")
+        if not isinstance(self.save_path, str | None):
+            problems.append(f"save_path={self.save_path!r}: must be a path as text, or None.")
         return problems + _fused_problems(self.fused_groups)
 
     def _target_problems(self) -> list[str]:
@@ -177,7 +175,7 @@ class AutoBitQuantizer(WeightQuantizer):
         if self.assignment_strategy == "manual":
             return False
         is_candidate = len(self._candidates()) > len(self.quantizers)
-        return is_candidate or self._assigner.takes_only_dbf(NOMINAL, SLACK)
+        return is_candidate or self._assigner.may_take_only_dbf()
 
     def _candidates(self) -> list[Quantizer]:
         """Those that were given, and DBF where the target is low."""
@@ -314,13 +312,15 @@ def _own(candidate: Quantizer, shapes: Shapes) -> dict[str, tuple[int, int]]:
 
 def _candidate_problems(candidates: object) -> list[str]:
     if not isinstance(candidates, list | tuple) or not candidates:
-        return [f"quantizers={candidates!r}: must be a list of methods, e.g. [GPTQ(wbits=4)]."]
+        kind = "empty" if candidates == [] else f"a {type(candidates).__name__}"
+        return [f"quantizers is {kind}: must be a list of methods, e.g. [GPTQ(wbits=4)]."]
     problems = []
     for index, candidate in enumerate(candidates):
         place = f"quantizers[{index}]"
         if not isinstance(candidate, WeightQuantizer) or candidate.needs_survey:
             problems.append(
-                f"{place}={candidate!r}: must be a method of single layers, e.g. GPTQ(wbits=4)."
+                f"{place} is a {type(candidate).__name__}: must be a method of single layers, "
+                "e.g. GPTQ(wbits=4)."
             )
             continue
         problems += [f"{place} ({candidate.name}): {p}" for p in candidate.problems()]

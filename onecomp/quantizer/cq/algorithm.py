@@ -49,7 +49,7 @@ def _in_bins(values: Float[Tensor, "size"], weights: Float[Tensor, "size"]) -> t
         value, weight = (part.double().cpu() for part in pair)
         number = ((value - low) / width).long().clamp_(max=SETS_CHUNK - 1)
         total += torch.bincount(number, weight, SETS_CHUNK)
-        moment += torch.bincount(number, weight.mul_(value), SETS_CHUNK)
+        moment += torch.bincount(number, weight * value, SETS_CHUNK)
     used = total > 0
     return (moment[used] / total[used])[None], total[used][None]
 

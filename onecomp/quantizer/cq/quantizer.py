@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from onecomp.quantizer.baseline import sign_mean_weight
 from onecomp.quantizer.binary import Binary, Levels
 from onecomp.quantizer.binary_group import BinarySearch, search_problems
 from onecomp.quantizer.binary_levels import by_group
@@ -101,6 +102,12 @@ class CQ(WeightQuantizer):
             storable=Levels.ends_in_float16,
             tied=not self.each_row,
         )
+
+    def baseline(
+        self, layer_name: str, weight: Float[Tensor, "_ in"]
+    ) -> Float[Tensor, "_ in"] | None:
+        """Signs times their rows' means, where one pair of means has to serve all rows."""
+        return None if self.each_row else sign_mean_weight(weight)
 
     def quantize_weights(
         self, weights: Mapping[str, Float[Tensor, "out in"]], factors: HessianFactors | None

@@ -11,7 +11,7 @@ from onecomp.errors import QuantizationError
 from onecomp.export.quant_config import LayerFormat, dbf_format, dbf_quant_config
 from onecomp.linalg import all_finite
 from onecomp.quantizer.baseline import nearest_weight, sign_mean_weight
-from onecomp.quantizer.checks import as_number, positive_problems, whole_problems
+from onecomp.quantizer.checks import as_number, is_texts, positive_problems, whole_problems
 from onecomp.quantizer.dbf.admm import Search
 from onecomp.quantizer.dbf.algorithm import dbf_quantize
 from onecomp.quantizer.dbf.coordinates import BALANCE_MODES, Balancing
@@ -41,8 +41,9 @@ class DBF(WeightQuantizer):
     them, which takes 1 to 2 bits a weight. The number of columns of the first one follows from
     ``target_bits`` and the shape; a layer that is far from square has no room for many bits.
 
-    The error that is minimised is the Hessian's, with and without balancing: balancing sets the
-    coordinates in which the search starts and measures its penalty, nothing else.
+    The error that is minimised is that of the outputs, with and without balancing, for inputs that
+    carry noise (``drift_ratio``); balancing sets the coordinates in which the search starts and
+    measures its penalty, nothing else.
 
     Example:
         >>> DBF(target_bits=1.5).name
@@ -89,7 +90,7 @@ class DBF(WeightQuantizer):
             problems.append(f"target_bits={self.target_bits!r}: must be a number above 0.")
         by_layer = self.module_target_bits or {}
         own = {"mlp_target_bits": self.mlp_target_bits}
-        if isinstance(by_layer, dict):
+        if isinstance(by_layer, dict) and is_texts([*by_layer]):
             own |= {f"module_target_bits[{name!r}]": bits for name, bits in by_layer.items()}
         else:
             problems.append(f"module_target_bits={by_layer!r}: must be a dict of bits by name.")

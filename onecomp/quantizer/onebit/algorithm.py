@@ -25,6 +25,8 @@ POWER_STEPS = 50
 """Of the power iteration, which starts from ones: a matrix of magnitudes is close to rank one."""
 SMALLEST_SHARE = 1e-6
 """Of the mean: a column's importance and scale are never less, so that dividing by them is safe."""
+SMALLEST_SUM = 1e-30
+"""Of a row or column while balancing."""
 RIDGE = 1e-3
 """Of each diagonal entry, in the equations of the column scales."""
 ENOUGH = 2e-3
@@ -131,7 +133,8 @@ def balancing(
 ) -> tuple[Float[Tensor, "out"], Float[Tensor, "in"]]:
     """Factors of rows and columns after which rows have equal sums, and columns, too.
 
-    Sinkhorn's algorithm. Rows and columns of zeros keep a factor that is finite.
+    Sinkhorn's algorithm. Rows and columns of zeros keep a factor that is finite; where there are
+    many, sums that suit both do not exist, and factors would grow from round to round.
 
     Args:
         magnitudes: Not negative.
@@ -144,12 +147,13 @@ def balancing(
     for _ in range(num_rounds):
         rows = row_sum / _positive(magnitudes @ columns)
         columns = column_sum / _positive(magnitudes.T @ rows)
+        power = 2.0 ** ((rows.mean().log2() - columns.mean().log2()) / 2).round()  # exact
+        rows, columns = rows / power, columns * power
     return rows, columns
 
 
 def _positive(values: Float[Tensor, "_"]) -> Float[Tensor, "_"]:
-    least = SMALLEST_SHARE * values.mean()
-    return values.clamp(min=least.clamp_(min=torch.finfo(values.dtype).tiny))
+    return values.clamp(min=(SMALLEST_SHARE * values.mean()).clamp_(min=SMALLEST_SUM))
 
 
 def sign_start(weight: Float[Tensor, "out in"], scales: tuple[Tensor, Tensor]) -> OneBit:

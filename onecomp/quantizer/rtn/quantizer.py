@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from onecomp.export.quant_config import LayerFormat, gptq_format, gptq_quant_config
-from onecomp.quantizer.checks import as_number, group_size_problems, is_whole, whole_problems
+from onecomp.quantizer.checks import group_size_problems, positive_problems, whole_problems
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.grid import SEARCH_COST, GridSearch, fit_grid, round_to_nearest
@@ -44,9 +44,8 @@ class RTN(WeightQuantizer):
         """What is wrong with the settings, one sentence each."""
         problems = whole_problems({"wbits": self.wbits}, 1, 8)
         problems += group_size_problems({"groupsize": self.groupsize})
-        if self.mse and not (is_whole(self.grid, 1) and as_number(self.norm) > 0):
-            problems.append(f"grid={self.grid!r}, norm={self.norm!r}: grid >= 1 and norm > 0.")
-        return problems
+        problems += whole_problems({"grid": self.grid}, 1)
+        return problems + positive_problems({"norm": self.norm})
 
     def layer_problems(self, layer_name: str, in_features: int, out_features: int) -> list[str]:
         """Group sizes have to divide ``in_features``."""

@@ -121,6 +121,23 @@ def test_no_layer_is_worse_than_plain_rounding_without_a_word(made, method):
 
 
 @every_method
+@pytest.mark.parametrize(("zero_rows", "zero_columns"), [(160, 96), (150, 0), (0, 90), (150, 90)])
+def test_layers_that_are_mostly_zeros_stay_finite_and_bounded(method, zero_rows, zero_columns):
+    weight = draw(160, 96) / 10
+    weight[:zero_rows], weight[:, :zero_columns] = 0, 0
+    results, _ = quantize_group(METHODS[method](), {"layer": weight}, statistics(), None)
+    found = results["layer"].dequantize()
+    assert found.isfinite().all()
+    assert found.abs().max() <= 4 * weight.abs().max()
+
+
+def test_one_pair_of_means_for_rows_of_all_sizes_is_said_to_be_worse():
+    rows = {"layer": draw(64, 96) * torch.logspace(-2, 1, 64)[:, None]}
+    _, lines = quantize_group(CQ(each_row=False, refine_iters=1), rows, statistics(), None)
+    assert any(line.startswith("worse than plain rounding") and "layer" in line for line in lines)
+
+
+@every_method
 def test_the_same_is_made_whatever_the_global_generator_is_at(made, method):
     _, results, lines = made[method]
     torch.manual_seed(12345)

@@ -13,6 +13,7 @@ from onecomp.quantizer.dbf.admm import Search, factorise
 from onecomp.quantizer.dbf.algorithm import dbf_quantize
 from onecomp.quantizer.dbf.coordinates import Balancing, Coordinates, balance, damped
 from onecomp.quantizer.dbf.factors import BinaryFactors, rank_one, signs
+from onecomp.quantizer.drift import drifted
 
 SEARCH = Search(num_steps=8, reg=0.03, adapt_rho=True)
 
@@ -289,3 +290,11 @@ def test_columns_that_no_token_used_keep_their_scale():
     factors = random_factors(1, 20, 8, 16)
     fitted = search.fit_scales(weight, hessian, factors)
     assert fitted.column_scale[0, 3] == pytest.approx(factors.column_scale[0, 3].item())
+
+
+def test_drift_gives_up_error_on_the_inputs_for_error_on_noisy_ones():
+    weight, hessian = draw(1, 40, 32), hessian_of(32)
+    noisy = drifted(hessian, 1.0)
+    exact, robust = (dbf_quantize(weight, hessian, 16, SEARCH, None, ratio) for ratio in (0.0, 1.0))
+    assert error(weight, hessian, exact) < error(weight, hessian, robust)
+    assert error(weight, noisy, robust) < error(weight, noisy, exact)

@@ -156,3 +156,15 @@ def test_storable_scales_cost_next_to_nothing():
     assert torch.equal(stored.row_scale, stored.row_scale.half().float())
     assert torch.equal(stored.column_scale, stored.column_scale.half().float())
     assert stored.error(weight.T, hessian) < 1.001 * found.error(weight.T, hessian)
+
+
+@pytest.mark.parametrize("num_rounds", [40, 400])
+@pytest.mark.parametrize(("zero_rows", "zero_columns"), [(0, 60), (60, 0), (62, 63), (64, 64)])
+def test_balancing_stays_finite_however_many_rows_and_columns_are_zero(
+    num_rounds, zero_rows, zero_columns
+):
+    magnitudes = draw(64, 96).abs()
+    magnitudes[:zero_rows], magnitudes[:, :zero_columns] = 0, 0
+    for factors in balancing(magnitudes, num_rounds, 1.0):
+        assert factors.isfinite().all()
+        assert (factors > 0).all()
