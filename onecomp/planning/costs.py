@@ -120,7 +120,7 @@ class UnitCosts:
 
     def seconds_of(self, work: WorkByPhase) -> Amount:
         """Seconds of work by phase."""
-        return sum(self.phase_s(phase, amount) for phase, amount in work.items())
+        return sum((self.phase_s(phase, amount) for phase, amount in work.items()), start=0.0)
 
     def transfer_s(self, num_bytes: Amount) -> Amount:
         """Seconds to send bytes from one worker to another."""

@@ -69,7 +69,8 @@ class Quantizer(ABC):
     num_layers: int | None = None
     """Largest number of layers; None for all."""
     calc_quant_error: bool = False
-    """Fill the error fields of the results."""
+    """Fill the error fields of the results; those of outputs where text is read, which a method
+    without need for it does with ``flag_calibration=True``."""
     include_layer_names: list[str] | None = None
     exclude_layer_names: list[str] = field(default_factory=lambda: ["lm_head"])
     include_layer_keywords: list[str] | None = None

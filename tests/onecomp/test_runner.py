@@ -118,6 +118,19 @@ def test_several_methods_run_at_once_each_with_its_own_results(model_config, cal
         verify_checkpoint(tmp_path / "saved", RunDirectory(tmp_path / "run"), None)
 
 
+def test_errors_of_outputs_are_measured_for_rounding_too_where_text_is_read(
+    model_config, calibration
+):
+    blind, seeing = RTN(calc_quant_error=True), RTN(calc_quant_error=True, flag_calibration=True)
+    for quantizer in (blind, seeing):
+        make(model_config, calibration, quantizer)
+    for name, result in seeing.results.items():
+        assert 0 < result.relative_output_squared_error < 1
+        assert result.output_squared_error > result.mean_output_squared_error > 0
+        assert blind.results[name].output_squared_error is None
+        assert blind.results[name].weight_squared_error == result.weight_squared_error
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
