@@ -63,7 +63,8 @@ def test_sigterm_stops_a_run_that_can_be_resumed(tiny_model_dir, tmp_path, again
     """By hand, or by what tries a job again, which may even do so when it has succeeded."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(sample_text(1000))
-    words = ["quantize", tiny_model_dir("llama", num_layers=40), "--output", out]
+    model = tiny_model_dir("llama", num_layers=40, hidden_size=192)  # time for the signal to arrive
+    words = ["quantize", model, "--output", out]
     words += ["--calibration-dataset", text, "--num-calibration-samples", 8, "--max-length", 64]
     process = run(tmp_path, *words, "--num-workers", 0)
     assert process.stderr is not None
