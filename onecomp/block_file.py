@@ -36,11 +36,11 @@ def write_block_file(
         results: By layer name.
         journal: The block's events, as plain JSON values.
     """
-    stored = {name: _stored(result) for name, result in results.items()}
+    planes = {name: _planes(result) for name, result in results.items()}
     tensors = {
-        f"{name}{SEPARATOR}{key}": tensor
-        for name, of_result in stored.items()
-        for key, tensor in of_result.items()
+        f"{name}{SEPARATOR}{key}": planes[name][key].pack(t) if key in planes[name] else narrow(t)
+        for name, result in results.items()
+        for key, t in result.tensors().items()
     }
     header = {
         name: {
@@ -48,9 +48,8 @@ def write_block_file(
             "values": result.values(),
             "dtypes": {key: str(t.dtype)[6:] for key, t in result.tensors().items()},
             "bits": {
-                key: {"shape": list(t.shape)} | asdict(planes)
-                for key, t in result.tensors().items()
-                if (planes := Planes.of(t)) is not None
+                key: {"shape": list(result.tensors()[key].shape)} | asdict(coding)
+                for key, coding in planes[name].items()
             },
         }
         for name, result in results.items()
@@ -180,12 +179,10 @@ class Planes:
         return self.low + (1 - self.low) * number
 
 
-def _stored(result: QuantizationResult) -> dict[str, Tensor]:
-    """A result's tensors in few bytes: small numbers as bits, other integers narrow."""
-    return {
-        key: narrow(tensor) if (planes := Planes.of(tensor)) is None else planes.pack(tensor)
-        for key, tensor in result.tensors().items()
-    }
+def _planes(result: QuantizationResult) -> dict[str, Planes]:
+    """By name, the tensors of a result that are stored as bits."""
+    found = {key: Planes.of(tensor) for key, tensor in result.tensors().items()}
+    return {key: planes for key, planes in found.items() if planes is not None}
 
 
 def _restore(file: safe_open, name: str, entry: Mapping) -> QuantizationResult:

@@ -35,6 +35,12 @@ class InputGroup:
         """Weights in all its layers."""
         return self.in_features * sum(self.out_features)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``(out_features, in_features)`` by layer name."""
+        named = zip(self.layer_names, self.out_features, strict=True)
+        return {name: (rows, self.in_features) for name, rows in named}
+
     def __str__(self) -> str:
         return ", ".join(self.layer_names)
 

@@ -17,12 +17,12 @@ from onecomp.quantizer import (
     Onebit,
     Quantizer,
 )
+from onecomp.quantizer.autobit.assigning import NOMINAL_SHAPE
 from onecomp.quantizer.autobit.survey import Survey
 from onecomp.quantizer.grid import GridSearch
 
 TRIED_SHARE = 0.8
 """Part of a search's steps that are candidates."""
-USUAL_SHAPE = (4096, 4096)
 RTN_STRIDE = 4
 """Distance of the candidates that RTN tries first."""
 
@@ -158,7 +158,7 @@ def _(quantizer: Survey) -> MethodShape:
 
 
 def _most_bits(quantizers: list[Quantizer]) -> float:
-    bits = [quantizer.bits_per_weight("", *USUAL_SHAPE) for quantizer in quantizers]
+    bits = [quantizer.bits_per_weight("", *NOMINAL_SHAPE) for quantizer in quantizers]
     return max((b for b in bits if b is not None), default=8.0)
 
 

@@ -1,6 +1,7 @@
 """A plan: an estimate, whether it fits, and what was measured for it; as one JSON object."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from onecomp.planning.amounts import Amount
@@ -25,7 +26,7 @@ class Plan:
     table: HardwareTable
     measured: Measured | None = None
 
-    @property
+    @cached_property
     def survey(self) -> SurveyEstimate | None:
         """What comes before the run, for a method that compares candidates."""
         return survey_estimate(self.estimate)

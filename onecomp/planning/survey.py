@@ -38,11 +38,7 @@ def settled(quantizer: Quantizer, model: ModelShape) -> Quantizer:
     if not isinstance(quantizer, AutoBitQuantizer):
         return quantizer
     groups = [group for kind in model.kinds for group in kind.groups]
-    shapes = {
-        name: (rows, group.in_features)
-        for group in groups
-        for name, rows in zip(group.layer_names, group.out_features, strict=True)
-    }
+    shapes = {name: shape for group in groups for name, shape in group.shapes.items()}
     return replace(quantizer, assignment=quantizer.assign_unmeasured(shapes))
 
 

@@ -133,31 +133,36 @@ def estimate_target_bitwidth(  # noqa: PLR0913 - the documented signature
     weights = sum(layer.weight.numel() for layer in layers)
     quantizable = weights if quantizable_ratio is None else round(total * quantizable_ratio)
     meta = _num_grids(layers, group_size) * (scale_bits + zero_bits) / max(1, weights)
-    budget, plain = total_gb * vram_ratio, PLAIN_BYTES * (total - quantizable) / GB
+    plain = PLAIN_BYTES * (total - quantizable) / GB
     cache = kv_cache_bytes(model.config, max_length, batch_size, kv_bits) / GB
-    available = budget - plain - cache
-    width = available * GB * 8 / max(1, quantizable) - meta
-    if not quantizable or width <= 0:
-        rule = (
-            f"total_vram_gb={total_gb:g} leaves {budget:.3g} GB at vram_ratio={vram_ratio:g}: "
-            f"{plain:.3g} GB of parameters that are not quantized, {cache:.3g} GB of cache and "
-            f"{meta:.2g} bits a weight of scales take all of it. "
-        )
-        remedy = (
-            "Use a larger GPU, vram_ratio or group_size, or a smaller max_length, batch_size or "
-            "kv_bits."
-        )
-        raise ConfigError("VRAM estimate", [rule + remedy])
-    return VRAMBitwidthEstimation(
-        target_bitwidth=width,
+    available = total_gb * vram_ratio - plain - cache
+    found = VRAMBitwidthEstimation(
+        target_bitwidth=available * GB * 8 / max(1, quantizable) - meta,
         total_vram_gb=float(total_gb),
-        budget_gb=budget,
+        budget_gb=total_gb * vram_ratio,
         non_quant_weight_gb=plain,
         available_for_quant_gb=available,
         total_params=total,
         quantizable_params=quantizable,
         meta_bits_per_param=meta,
         kv_cache_gb=cache,
+    )
+    _require_room(found, vram_ratio)
+    return found
+
+
+def _require_room(found: VRAMBitwidthEstimation, vram_ratio: float) -> None:
+    if found.quantizable_params and found.target_bitwidth > 0:
+        return
+    raise ConfigError(
+        "VRAM estimate",
+        [
+            f"total_vram_gb={found.total_vram_gb:g} leaves {found.budget_gb:.3g} GB at "
+            f"vram_ratio={vram_ratio:g}: {found.non_quant_weight_gb:.3g} GB of parameters that are "
+            f"not quantized, {found.kv_cache_gb:.3g} GB of cache and "
+            f"{found.meta_bits_per_param:.2g} bits a weight of scales take all of it. Use a larger "
+            "GPU, vram_ratio or group_size, or a smaller max_length, batch_size or kv_bits."
+        ],
     )
 
 

@@ -16,9 +16,13 @@ def drifted(hessian: Float[Tensor, "in in"], drift_ratio: float) -> Float[Tensor
         hessian: ``2 / tokens * XᵀX``.
         drift_ratio: Energy of the noise in each input, relative to the input's own.
     """
-    noisy = hessian.clone()
-    noisy.diagonal().mul_(1 + drift_ratio)
-    return noisy
+    return add_drift(hessian.clone(), drift_ratio)
+
+
+def add_drift(hessian: Float[Tensor, "in in"], drift_ratio: float) -> Float[Tensor, "in in"]:
+    """The same in place, on a copy that is there already."""
+    hessian.diagonal().mul_(1 + drift_ratio)
+    return hessian
 
 
 def drift_problems(drift_ratio: object) -> list[str]:

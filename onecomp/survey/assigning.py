@@ -85,11 +85,7 @@ def assign(method: AutoBitQuantizer, settings: WorkerSettings, plan: SurveyPlan)
 
 def shapes_of(layout: ModelLayout) -> dict[str, tuple[int, int]]:
     """``(out_features, in_features)`` of every layer."""
-    return {
-        name: (rows, group.in_features)
-        for group in layout.groups
-        for name, rows in zip(group.layer_names, group.out_features, strict=True)
-    }
+    return {name: shape for group in layout.groups for name, shape in group.shapes.items()}
 
 
 def measure(

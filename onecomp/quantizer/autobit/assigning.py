@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 LEAST_DBF_BITS, MOST_DBF_BITS = 1e-4, 2.0
 """A rank of one in any layer; where a square layer is full, others are before."""
-NOMINAL = {"": (4096, 4096)}
+NOMINAL_SHAPE = (4096, 4096)
 """Shape of a layer, for what has to be known before the model is."""
 SLACK = 0.5
 """Bits by which a target may differ between that shape and the model's."""
@@ -54,7 +54,11 @@ class Assigner:
         if not self.auto_dbf or self.target_bit > self.dbf_threshold:
             return list(self.candidates)
         dbf = self._dbf(min(float(self.target_bit), MOST_DBF_BITS))
-        return [*self.candidates, *([] if dbf in self.candidates else [dbf])]
+        is_there = any(
+            isinstance(candidate, DBF) and candidate.settings() == dbf.settings()
+            for candidate in self.candidates
+        )
+        return [*self.candidates, *([] if is_there else [dbf])]
 
     def target(self, shapes: Shapes) -> float:
         """Largest average of stored bits a weight.
@@ -77,9 +81,10 @@ class Assigner:
 
     def may_take_only_dbf(self) -> bool:
         """Whether the target may be below all candidates: what is known before the layers are."""
-        each = [c.bits_per_weight("", *reversed(NOMINAL[""])) for c in self.candidates]
+        each = [c.bits_per_weight("", *NOMINAL_SHAPE) for c in self.candidates]
         known = [bits for bits in each if bits is not None]
-        return self.auto_dbf and bool(known) and self.target(NOMINAL) - SLACK < min(known)
+        target = self.target({"": NOMINAL_SHAPE})
+        return self.auto_dbf and bool(known) and target - SLACK < min(known)
 
     def takes_only_dbf(self, shapes: Shapes) -> bool:
         """Whether the target is below all that the candidates can do."""

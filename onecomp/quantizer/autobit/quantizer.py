@@ -255,7 +255,7 @@ class AutoBitQuantizer(WeightQuantizer):
 
     def is_separable(self, layer_name: str) -> bool:
         """Whether the layer's child solves rows independently; all it may get, before that."""
-        if self.assignment is None:
+        if self.assignment is None and self.assignment_strategy != "manual":
             return self.survey().is_separable(layer_name)
         return self.children[self.child_of(layer_name)].is_separable(layer_name)
 

@@ -13,7 +13,7 @@ from onecomp.export.quant_config import LayerFormat
 from onecomp.linalg import HessianFactor, damped_hessian, quadratic_form
 from onecomp.quantizer.binary_levels import sign_mean
 from onecomp.quantizer.checks import positive_problems, whole_problems
-from onecomp.quantizer.drift import drift_problems, drifted
+from onecomp.quantizer.drift import add_drift, drift_problems
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.onebit.algorithm import (
@@ -144,7 +144,7 @@ class Onebit(WeightQuantizer):
         return with_compensated_signs(columns, sign_start(columns.T, scales), factor)
 
     def _drifted(self, hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-        return drifted(damped_hessian(hessian, self.percdamp), self.drift_ratio)
+        return add_drift(damped_hessian(hessian, self.percdamp), self.drift_ratio)
 
     def _no_worse(
         self, columns: Float[Tensor, "in out"], found: OneBit, factors: HessianFactors

@@ -17,7 +17,7 @@ from onecomp.quantizer.checks import (
     positive_problems,
     whole_problems,
 )
-from onecomp.quantizer.drift import drift_problems, drifted
+from onecomp.quantizer.drift import add_drift, drift_problems
 from onecomp.quantizer.factors import FactorKey, HessianFactors
 from onecomp.quantizer.from_weights import WeightQuantizer
 from onecomp.quantizer.layer_settings import group_problems, stored_bits
@@ -171,7 +171,7 @@ class QBB(WeightQuantizer):
         except QuantizationError as error:
             factors.fallbacks.append(f"round to nearest: {error}")
             return self._plain(columns)
-        hessian = drifted(damped_hessian(factors.hessian, self.percdamp), self.drift_ratio)
+        hessian = add_drift(damped_hessian(factors.hessian, self.percdamp), self.drift_ratio)
         return self._search(columns, hessian, factor)
 
     def _search(

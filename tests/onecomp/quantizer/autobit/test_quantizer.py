@@ -11,7 +11,7 @@ from onecomp.job import quantizer_from_record, quantizer_record
 from onecomp.jobs import quantize_group
 from onecomp.quantizer import AutoBitQuantizer
 from onecomp.quantizer.autobit.assignment import Assignment
-from onecomp.quantizer.dbf import DBF
+from onecomp.quantizer.dbf import DBF, DBFResult
 from onecomp.quantizer.factors import HessianFactors
 from onecomp.quantizer.pieces import row_pieces
 from onecomp.statistics import GroupStatistics
@@ -232,6 +232,8 @@ def test_candidates_with_rules_of_their_own_get_the_hessian_that_dbf_needs():
 def test_dbf_is_no_candidate_twice_nor_with_more_bits_than_any_layer_holds():
     own = AutoBitQuantizer(quantizers=[DBF(target_bits=1.5), GPTQ(wbits=2)], target_bit=1.5)
     assert own.survey().quantizers == own.quantizers
+    own.quantizers[0].results["layer"] = DBFResult()  # of an earlier run by itself
+    assert len(own.survey().quantizers) == 2
     high = AutoBitQuantizer(quantizers=[GPTQ(wbits=2)], target_bit=2.5, dbf_threshold=3)
     assert high.survey().quantizers[1] == DBF(target_bits=2.0)
 
@@ -326,6 +328,7 @@ def test_rows_are_cut_only_where_the_child_solves_them_apart():
         ],
         assignment_strategy="manual",
     )
+    made.quantizers.append(DBF())  # is for all layers, but others come first
     pieces = row_pieces(made, {"q_proj": 400, "up": 400, "gate": 100}, 64, 130)
     ranges = [[(r.layer_name, len(r)) for r in piece.ranges] for piece in pieces]
     assert [("q_proj", 400)] in ranges
