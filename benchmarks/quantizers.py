@@ -137,6 +137,7 @@ def settings() -> Iterator[Setting]:
         yield Setting(
             f"JointQ {wbits} bits g64 sym", JointQ(bits=wbits, symmetric=True, group_size=64)
         )
+        yield Setting(f"RTN {wbits} bits row", RTN(wbits=wbits))
         yield Setting(f"GPTQ {wbits} bits row all", GPTQ(wbits=wbits, **ALL))
         yield Setting(f"QUIP {wbits} bits row", QUIP(wbits=wbits))
         yield Setting(f"QBB {wbits} bases row", QBB(wbits=wbits))
