@@ -34,7 +34,7 @@ class LastBlockReachedError(Exception):
     """Ends the recording; nothing behind the blocks is computed."""
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """Stands in for a block, with the attributes that models read of their blocks."""
 
     def __init__(self, block: nn.Module, returns_tuple: bool):
@@ -47,7 +47,7 @@ class _StandIn(nn.Module):
         return attributes[name] if name in attributes else super().__getattr__(name)
 
 
-class _Recorder(_StandIn):
+class _Recorder(StandIn):
     """Notes the block's call and hands the hidden states on."""
 
     hidden: Tensor
@@ -88,12 +88,12 @@ def record_calls(
     blocks = skeleton.blocks
     count = len(blocks) if num_blocks is None else num_blocks
     recorders = [_Recorder(b, returns_tuple, i == count - 1) for i, b in enumerate(blocks)]
-    with _in_place_of(blocks, recorders), suppress(LastBlockReachedError), torch.inference_mode():
+    with in_place_of(blocks, recorders), suppress(LastBlockReachedError), torch.inference_mode():
         skeleton.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return recorders[0].hidden, [recorder.call for recorder in recorders[:count]]
 
 
-class _Source(_StandIn):
+class _Source(StandIn):
     """Hands on hidden states that are known, whatever comes in."""
 
     def __init__(self, block: nn.Module, returns_tuple: bool, hidden: Tensor):
@@ -122,13 +122,14 @@ def logits_behind(
         returns_tuple: Whether the model's blocks return tuples.
     """
     blocks = skeleton.blocks
-    with _in_place_of(blocks, [_Source(block, returns_tuple, hidden) for block in blocks]):
+    with in_place_of(blocks, [_Source(block, returns_tuple, hidden) for block in blocks]):
         output = skeleton.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     return output.logits
 
 
 @contextmanager
-def _in_place_of(blocks: nn.ModuleList, others: Sequence[nn.Module]) -> Iterator[None]:
+def in_place_of(blocks: nn.ModuleList, others: Sequence[nn.Module]) -> Iterator[None]:
+    """Let other modules be the first blocks of a model inside the context."""
     originals = list(blocks)
     for index, other in enumerate(others):
         blocks[index] = other

@@ -115,6 +115,11 @@ def inspect_model(skeleton: Skeleton, targets: Collection[str]) -> ModelLayout:
     return ModelLayout(blocks[: last + 1], len(blocks), returns_tuple)
 
 
+def blocks_return_tuples(skeleton: Skeleton) -> bool:
+    """Whether the model's blocks return tuples; found before any module of it has weights."""
+    return _probe_calls(skeleton)[1]
+
+
 def _probe_calls(skeleton: Skeleton) -> tuple[list[BlockCall], bool]:
     originals = {}
     for name, module in skeleton.outer_modules():

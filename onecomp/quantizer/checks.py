@@ -67,6 +67,19 @@ def positive_problems(settings: Mapping[str, object]) -> list[str]:
     ]
 
 
+def ratio_problems(settings: Mapping[str, object]) -> list[str]:
+    """What is wrong with settings, by name, that have to be numbers from 0 to 1.
+
+    >>> ratio_problems({"warmup_ratio": 1.5})
+    ['warmup_ratio=1.5: must be from 0 to 1.']
+    """
+    return [
+        f"{name}={value!r}: must be from 0 to 1."
+        for name, value in settings.items()
+        if not 0 <= as_number(value) <= 1
+    ]
+
+
 def group_size_problems(settings: Mapping[str, object]) -> list[str]:
     """What is wrong with settings, by name, that say how many columns share a group.
 

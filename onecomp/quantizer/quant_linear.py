@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from onecomp.export.quant_config import LayerFormat
+from onecomp.quantizer.trainable import TrainableLinear, Trained
 
 
 class QuantLinear(nn.Module, ABC):
     """A linear layer stored in quantized form; its ``forward`` is that of ``nn.Linear``.
 
-    The forward pass uses ``dequantize()`` rounded to the type of its input and is differentiable
-    in ``tunable_parameters()``.
+    The forward pass uses ``dequantize()`` rounded to the type of its input. Training works on what
+    ``trainable()`` gives.
     """
 
     code_tensors: ClassVar[frozenset[str]]
@@ -46,8 +47,19 @@ class QuantLinear(nn.Module, ABC):
         """The weight in float32, on the device of the layer."""
 
     @abstractmethod
-    def tunable_parameters(self) -> Iterator[nn.Parameter]:
-        """Continuous parameters that training may change; codes stay fixed."""
+    def trainable(
+        self, trained: Trained, reference: Float[Tensor, "out in"] | None = None
+    ) -> TrainableLinear:
+        """What stands in for this layer while it is trained; it starts with the same weight.
+
+        Args:
+            trained: What may change beside the scales.
+            reference: The original weight, which tells close calls among codes and signs.
+        """
+
+    @abstractmethod
+    def adopt(self, learned: TrainableLinear) -> None:
+        """Take over, in place, what ``trainable()``'s layer has become."""
 
     @abstractmethod
     def packed_state(self) -> dict[str, Tensor]:
@@ -72,6 +84,37 @@ def dense_layers(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for name, layer in layers.items():
             model.set_submodule(name, _dense(layer, dtype))
         yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+
+
+@contextmanager
+def trainable_layers(
+    model: nn.Module, trained: Trained, references: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, TrainableLinear]]:
+    """Let trainable layers stand in for the quantized ones of ``model`` inside the context.
+
+    At its end the quantized layers are back and have adopted what was learned; after an error they
+    are back as they were.
+
+    Args:
+        model: Module whose descendants are replaced.
+        trained: What may change beside the scales.
+        references: Original weights by the layers' names in ``model``.
+    """
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)
+    }
+    references = references or {}
+    learning: dict[str, TrainableLinear] = {}
+    try:
+        for name, layer in layers.items():
+            learning[name] = layer.trainable(trained, references.get(name))
+            model.set_submodule(name, learning[name])
+        yield learning
+        for name, learned in learning.items():
+            layers[name].adopt(learned)
     finally:
         for name, layer in layers.items():
             model.set_submodule(name, layer)

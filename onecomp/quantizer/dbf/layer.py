@@ -1,6 +1,6 @@
 """The layer that computes with two binary factors; its buffers are the checkpoint's tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -12,9 +12,11 @@ from onecomp.export.bits import num_bytes, pack_bits, unpack_bits
 from onecomp.export.quant_config import LayerFormat
 from onecomp.quantizer.dbf.rank import rank_of
 from onecomp.quantizer.dbf.result import DBFResult, product
+from onecomp.quantizer.dbf.trainable import TrainableFactors
 from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.quant_linear import QuantLinear
+from onecomp.quantizer.trainable import Trained
 
 TENSORS = ("scaling0", "bp1", "scaling2", "bp3", "scaling4")
 SCALES = ("scaling0", "scaling2", "scaling4")
@@ -123,7 +125,7 @@ class DoubleBinaryLinear(QuantLinear):
         return functional.linear(x, self.dequantize().to(x.dtype), bias)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The weight in float32, differentiable in the three scales."""
+        """The weight in float32."""
         scales = self.scaling4.float(), self.scaling2.float(), self.scaling0.float()
         return product(scales[0], self.left_signs(), scales[1], self.right_signs(), scales[2])
 
@@ -135,9 +137,21 @@ class DoubleBinaryLinear(QuantLinear):
         """``B``, unpacked."""
         return unpack_bits(self.bp1, (self.rank, self.in_features))
 
-    def tunable_parameters(self) -> Iterator[nn.Parameter]:
-        """The three scales."""
-        yield from (self.scaling0, self.scaling2, self.scaling4)
+    def trainable(
+        self, trained: Trained, reference: Float[Tensor, "out in"] | None = None
+    ) -> TrainableFactors:
+        """The three scales, and both factors' signs where ``trained`` says so."""
+        del reference  # says nothing of a single sign
+        scales = self.scaling0, self.scaling2, self.scaling4
+        return TrainableFactors(self.left_signs(), self.right_signs(), scales, self.bias, trained)
+
+    def adopt(self, learned: TrainableFactors) -> None:
+        """Take over scales, and signs where they were trained."""
+        for name, scale in zip(SCALES, learned.scales(), strict=True):
+            getattr(self, name).data = scale.detach().half().to(self.bp1.device)
+        if learned.trained.decisions:
+            self.bp1 = pack_bits(learned.right_signs().detach().to(self.bp1.device))
+            self.bp3 = pack_bits(learned.left_signs().detach().to(self.bp3.device))
 
     def packed_state(self) -> dict[str, Tensor]:
         """The tensors, scales in float16."""

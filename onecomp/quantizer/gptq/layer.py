@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int32
@@ -13,9 +13,11 @@ from onecomp.errors import InputError
 from onecomp.export.packing import pack_columns, pack_rows, packable, unpack_columns
 from onecomp.export.quant_config import GROUP_SIZE, LayerFormat
 from onecomp.quantizer.gptq.result import GPTQResult, group_index
+from onecomp.quantizer.gptq.trainable import GridTensors, TrainableCodes
 from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.quant_linear import QuantLinear
+from onecomp.quantizer.trainable import Trained
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +172,32 @@ class GPTQLinear(QuantLinear):
         return functional.linear(x, self._weight(x.dtype), bias)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The weight in float32, differentiable in ``scales``."""
+        """The weight in float32."""
         return self._weight(torch.float32)
 
-    def tunable_parameters(self) -> Iterator[nn.Parameter]:
-        """The scales."""
-        yield self.scales
+    def trainable(
+        self, trained: Trained, reference: Float[Tensor, "out in"] | None = None
+    ) -> TrainableCodes:
+        """Scales, and what ``trained`` says, on unpacked codes."""
+        grid = GridTensors(
+            self.codes(),
+            self.zero_points(),
+            self.scales.detach(),
+            self.g_idx,
+            self.wbits,
+            has_plain_groups=self._has_plain_groups,
+        )
+        return TrainableCodes(grid, self.bias, trained, reference)
+
+    def adopt(self, learned: TrainableCodes) -> None:
+        """Take over scales, and zero points and codes where they were trained."""
+        self.scales.data = learned.scale.detach().half().to(self.scales.device)
+        if learned.zero.requires_grad:
+            zeros = _stored_zeros(learned.rounded_zero_points().to(self.qzeros.device), self.wbits)
+            self.qzeros = pack_columns(zeros, self.wbits) if self.packed else zeros
+        if learned.latent is not None:
+            codes = learned.codes().detach().to(self.qweight.device, torch.int32)
+            self.qweight = pack_rows(codes.T, self.wbits) if self.packed else codes
 
     def packed_state(self) -> dict[str, Tensor]:
         """Tensors as they are held, packed or not; scales in float16."""
@@ -208,13 +230,18 @@ class GPTQLinear(QuantLinear):
         product_dtype = torch.promote_types(self.scales.dtype, dtype)
         steps = self.codes().to(product_dtype, copy=True)
         zeros, scales = self.zero_points().T.to(product_dtype), self.scales.T.to(product_dtype)
-        num_groups = scales.shape[1]
-        if self.actorder or (num_groups > 1 and self.in_features % self.groupsize):
-            weight = steps.sub_(zeros[:, self.g_idx]) * scales[:, self.g_idx]
-        else:
-            groups = steps.unflatten(1, (num_groups, -1))
+        if self._has_plain_groups:
+            groups = steps.unflatten(1, (scales.shape[1], -1))
             weight = (groups.sub_(zeros.unsqueeze(2)) * scales.unsqueeze(2)).flatten(1)
+        else:
+            weight = steps.sub_(zeros[:, self.g_idx]) * scales[:, self.g_idx]
         return weight.to(dtype)
+
+    @property
+    def _has_plain_groups(self) -> bool:
+        """Groups are neighbouring columns, all of one width."""
+        num_groups = len(self.scales)
+        return not self.actorder and (num_groups == 1 or self.in_features % self.groupsize == 0)
 
 
 @inference_layer.register

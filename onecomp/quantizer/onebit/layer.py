@@ -1,18 +1,20 @@
 """The layer that computes with signs and two vectors of scales, as the checkpoint holds them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onecomp.export.bits import num_bytes, unpack_bits
+from onecomp.export.bits import num_bytes, pack_bits, unpack_bits
 from onecomp.export.quant_config import LayerFormat
 from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.onebit.result import OnebitResult
+from onecomp.quantizer.onebit.trainable import TrainableSigns
 from onecomp.quantizer.quant_linear import QuantLinear
+from onecomp.quantizer.trainable import Trained
 
 TENSORS = ("a", "b", "sign_packed")
 
@@ -78,14 +80,23 @@ class OnebitLinear(QuantLinear):
         return functional.linear(x, self.dequantize().to(x.dtype), bias)
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The weight in float32, differentiable in both scales."""
+        """The weight in float32."""
         signs = unpack_bits(self.sign_packed, (self.out_features, self.in_features))
         return signs * self.b.float() * self.a.float()[:, None]
 
-    def tunable_parameters(self) -> Iterator[nn.Parameter]:
-        """The scales."""
-        yield self.a
-        yield self.b
+    def trainable(
+        self, trained: Trained, reference: Float[Tensor, "out in"] | None = None
+    ) -> TrainableSigns:
+        """Both vectors of scales, and the signs where ``trained`` says so."""
+        signs = unpack_bits(self.sign_packed, (self.out_features, self.in_features))
+        return TrainableSigns(signs, self.a, self.b, self.bias, trained, reference)
+
+    def adopt(self, learned: TrainableSigns) -> None:
+        """Take over scales, and signs where they were trained."""
+        self.a.data = learned.a.detach().half().to(self.sign_packed.device)
+        self.b.data = learned.b.detach().half().to(self.sign_packed.device)
+        if learned.trained.decisions:
+            self.sign_packed = pack_bits(learned.signs().detach().to(self.sign_packed.device))
 
     def packed_state(self) -> dict[str, Tensor]:
         """Tensors as they are held; scales in float16."""

@@ -1,0 +1,134 @@
+"""What improves a model after it was quantized: the interface, and the record of what happened."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from onecomp.errors import ConfigError, InputError
+from onecomp.models import ModelConfig
+from onecomp.quantizer.quant_linear import QuantLinear
+
+PROCESSES_KEY = "onecomp_post_processes"
+"""Entry of a ``quantization_config``: a list with one record per process, in order."""
+
+
+@dataclass
+class PostQuantizationProcess(ABC):
+    """Improves a quantized model in place.
+
+    Args:
+        name: What messages call it; None for the name of the class.
+    """
+
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is None:
+            self.name = type(self).__name__
+
+    @abstractmethod
+    def run(self, quantized_model: nn.Module, model_config: ModelConfig) -> None:
+        """Improve the model in place.
+
+        Args:
+            quantized_model: On the CPU, its quantized layers in place; on the CPU and in
+                evaluation mode again afterwards.
+            model_config: The original model, its tokenizer and the device to compute on.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a process did; stored with the checkpoint and in the journal."""
+
+    executed: bool
+    """Whether the model changed; not if it was rolled back, or there was nothing to do."""
+    reason: str = ""
+    """Why not."""
+    held_out_before: float | None = None
+    """Held-out loss of the model that came in."""
+    held_out_after: float | None = None
+    """The same of the model that went out; never higher."""
+    seconds: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else is worth knowing, as plain JSON values."""
+
+
+def settings_of(process: PostQuantizationProcess) -> dict[str, Any]:
+    """A process's settings as plain JSON values."""
+    return {
+        item.name: _plain(getattr(process, item.name))
+        for item in fields(process)
+        if item.name != "name" and item.init
+    }
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def entry_of(process: PostQuantizationProcess, outcome: Outcome) -> dict[str, Any]:
+    """What a checkpoint says of a process."""
+    return {
+        "name": process.name,
+        "class": type(process).__name__,
+        "config": settings_of(process),
+        **{key: value for key, value in asdict(outcome).items() if value not in (None, "", {})},
+    }
+
+
+def record(model: PreTrainedModel, process: PostQuantizationProcess, outcome: Outcome) -> None:
+    """Add a process to the records in the model's ``config.quantization_config``."""
+    config = quantization_config(model)
+    entries = [*config.get(PROCESSES_KEY, []), entry_of(process, outcome)]
+    model.config.quantization_config = {**config, PROCESSES_KEY: entries}
+
+
+def records_of(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """What was done to a model after it was quantized, in order."""
+    return list(quantization_config(model).get(PROCESSES_KEY, []))
+
+
+def quantization_config(model: nn.Module) -> dict[str, Any]:
+    """The model's ``quantization_config``; empty where it was made by hand and has none."""
+    found = getattr(model.config, "quantization_config", None)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def require_trainable(
+    process: PostQuantizationProcess, model: nn.Module, model_config: ModelConfig
+) -> dict[str, QuantLinear]:
+    """The quantized layers of a model that a process can work on, by full name.
+
+    Raises:
+        InputError: The model has none.
+        ConfigError: The model is rotated and ``model_config`` is not.
+    """
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)
+    }
+    if not layers:
+        raise InputError(
+            process.name,
+            "the model has no quantized layers. Give one that Runner.create_quantized_model or "
+            "load_quantized_model made; methods without a checkpoint format have none.",
+        )
+    if quantization_config(model).get("rotated") and not model_config.has_additional_data():
+        raise ConfigError(
+            str(process.name),
+            [
+                "the model is rotated, but its model_config is that of a plain model, whose hidden "
+                "states are others. Give the RotatedModelConfig that it was quantized with."
+            ],
+        )
+    return layers

@@ -1,0 +1,115 @@
+"""The quantized model while it is trained: on its device, its quantized layers trainable."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from onecomp.models import ModelConfig
+from onecomp.models.skeleton import find_blocks
+from onecomp.post_process.base import quantization_config
+from onecomp.post_process.checkpointing import checkpointed_blocks
+from onecomp.post_process.engine import ParameterGroup
+from onecomp.quantizer.gptq.trainable import TrainableCodes
+from onecomp.quantizer.quant_linear import trainable_layers
+from onecomp.quantizer.trainable import TrainableLinear, Trained
+
+ZERO_POINT_TRAVEL = 2.0
+"""Code steps that a zero point could travel in all steps of a course at the peak rate."""
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A quantized model whose layers can be trained."""
+
+    model: nn.Module
+    layers: Mapping[str, TrainableLinear]
+    """By full name."""
+    uses_bf16: bool
+    """Compute in bfloat16 where torch's autocast does; what is trained stays float32."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
+
+    def logits(self, input_ids: Int[Tensor, "samples length"]) -> Float[Tensor, "samples length vocabulary"]:
+        """The model's answer, with a gradient where one is asked for."""
+        context = torch.autocast(self.device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
+        with context:
+            return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained, by name."""
+        return {
+            f"{name}.{key}": parameter
+            for name, layer in self.layers.items()
+            for key, parameter in layer.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def groups(self, lr_of_codes: float, lr_of_signs: float, num_steps: int) -> list[ParameterGroup]:
+        """One optimizer group for each kind of parameter.
+
+        Args:
+            lr_of_codes: Learning rate of scales of integer codes.
+            lr_of_signs: Learning rate of scales of signs.
+            num_steps: Steps of the course, in which zero points may travel ``ZERO_POINT_TRAVEL``.
+        """
+        with_codes = [m for m in self.layers.values() if isinstance(m, TrainableCodes)]
+        with_signs = [m for m in self.layers.values() if not isinstance(m, TrainableCodes)]
+        found = [
+            (lr_of_codes, [p for layer in with_codes for p in layer.scales()]),
+            (lr_of_signs, [p for layer in with_signs for p in layer.scales()]),
+            (
+                ZERO_POINT_TRAVEL / num_steps,
+                [p for layer in with_codes for p in layer.zero_points()],
+            ),
+        ]
+        return [ParameterGroup(tuple(p), lr) for lr, p in found if p]
+
+
+@contextmanager
+def student_of(
+    model: PreTrainedModel,
+    model_config: ModelConfig,
+    *,
+    uses_bf16: bool,
+    gradient_checkpointing: bool,
+) -> Iterator[Student]:
+    """Make a quantized model trainable inside the context, on the device of ``model_config``.
+
+    Afterwards it is on the CPU again, in evaluation mode, its layers as they were trained; after
+    an error, as they were. Zero points are trained where grids are not symmetric: kernels for
+    symmetric grids ignore them.
+    """
+    is_symmetric = bool(quantization_config(model).get("sym", True))
+    trained = Trained(zero_points=not is_symmetric)
+    model.eval().requires_grad_(requires_grad=False)
+    blocks = model.get_submodule(find_blocks(model, model_config.source))
+    with ExitStack() as stack:
+        stack.callback(model.to, "cpu")
+        layers = stack.enter_context(trainable_layers(model, trained))
+        model.to(model_config.get_device())
+        stack.enter_context(wide_parameters(model))
+        if gradient_checkpointing:
+            stack.enter_context(checkpointed_blocks(blocks))
+        yield Student(model, layers, uses_bf16)
+
+
+@contextmanager
+def wide_parameters(model: nn.Module) -> Iterator[None]:
+    """Hold float16 parameters in float32 inside the context: their gradients would vanish."""
+    narrow = {p: p.data for p in model.parameters() if p.dtype == torch.float16}
+    try:
+        for parameter, values in narrow.items():
+            parameter.data = values.float()
+        yield
+    finally:
+        for parameter, values in narrow.items():
+            parameter.data = values

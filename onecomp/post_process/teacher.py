@@ -1,0 +1,179 @@
+"""What the teacher says of the training text: kept in files, or asked of a live teacher again.
+
+Kept, the teacher is never held: samples are carried through its blocks one after the other, and of
+the last logits the most probable tokens are written to files, which are read when they are needed.
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor
+
+from onecomp.calibration.shards import MICRO_BATCH_TOKENS
+from onecomp.export.checkpoint import write_shard
+from onecomp.models import ModelConfig, Skeleton
+from onecomp.models.calls import (
+    BlockCall,
+    CallInterner,
+    fill_on_demand,
+    logits_behind,
+    record_calls,
+)
+from onecomp.models.layout import blocks_return_tuples
+from onecomp.post_process.distillation import TeacherDistribution, TopTokens, WholeDistribution
+
+logger = logging.getLogger(__name__)
+
+KEPT_TOKENS = 256
+"""Most probable tokens that are kept of a position."""
+BYTES_PER_TOKEN = 6
+"""Of a kept token: its number in four bytes, the logarithm of its probability in two."""
+
+
+class Teacher(ABC):
+    """Tells what the original model says of numbered samples."""
+
+    @abstractmethod
+    def distribution(self, samples: Sequence[int]) -> TeacherDistribution:
+        """Of the samples, in their order, on the student's device."""
+
+
+class LiveTeacher(Teacher):
+    """Holds the original model and asks it in every step.
+
+    Args:
+        model_config: The original model; loaded whole.
+        input_ids: All samples.
+        device: Where it computes.
+    """
+
+    def __init__(
+        self, model_config: ModelConfig, input_ids: Int[Tensor, "all length"], device: torch.device
+    ):
+        self.model = model_config.load_model(device_map="cpu").to(device)
+        self.input_ids, self.device = input_ids, device
+
+    def distribution(self, samples: Sequence[int]) -> WholeDistribution:
+        """All logits."""
+        ids = self.input_ids[list(samples)].to(self.device)
+        with torch.no_grad():
+            return WholeDistribution(self.model(input_ids=ids, use_cache=False).logits)
+
+
+class CachedTeacher(Teacher):
+    """Reads the most probable tokens of each sample from a file of its own.
+
+    Args:
+        directory: Written by :func:`cache_teacher`.
+        device: The student's.
+    """
+
+    def __init__(self, directory: Path, device: torch.device):
+        self.directory, self.device = directory, device
+
+    def distribution(self, samples: Sequence[int]) -> TopTokens:
+        """The kept tokens."""
+        kept = [load_file(self.directory / _file_name(sample)) for sample in samples]
+        return TopTokens(
+            torch.stack([tensors["ids"] for tensors in kept]).to(self.device),
+            torch.stack([tensors["log_probs"] for tensors in kept]).to(self.device),
+        )
+
+
+def _file_name(sample: int) -> str:
+    return f"{sample:06d}.safetensors"
+
+
+def cache_is_smaller(model_config: ModelConfig, num_tokens: int) -> bool:
+    """Whether files of kept tokens take less room than the teacher itself.
+
+    A teacher whose answers are kept is asked once for all epochs and evaluations, so that in time it
+    is always cheaper.
+    """
+    headers = model_config.source.headers()
+    weights = sum(math.prod(stored.shape) for stored in headers.values())
+    itemsize = model_config.torch_dtype.itemsize
+    return num_tokens * KEPT_TOKENS * BYTES_PER_TOKEN <= weights * itemsize
+
+
+def cache_teacher(
+    model_config: ModelConfig,
+    input_ids: Int[Tensor, "all length"],
+    directory: Path,
+    *,
+    device: torch.device,
+    temperature: float = 1.0,
+    samples: Sequence[int] | None = None,
+) -> CachedTeacher:
+    """Carry samples through the original model block by block, and keep what it says of them.
+
+    Samples whose file is there already are not asked about again.
+
+    Args:
+        model_config: The original model; one block of it is held at a time.
+        input_ids: All samples, none of them padded.
+        directory: Gets a file for each sample.
+        device: Where blocks compute; hidden states wait on the CPU.
+        temperature: Divides the logits.
+        samples: Numbers of the samples to ask about; None for all.
+    """
+    wanted = range(len(input_ids)) if samples is None else samples
+    missing = [number for number in wanted if not (directory / _file_name(number)).exists()]
+    size = max(1, MICRO_BATCH_TOKENS // input_ids.shape[1])
+    batches = [missing[i : i + size] for i in range(0, len(missing), size)]
+    rest = 0.0
+    for batch, logits in zip(
+        batches, teacher_logits(model_config, input_ids, batches, device), strict=True
+    ):
+        top = TopTokens.of(logits, KEPT_TOKENS, temperature)
+        rest += float(top.rest.mean(-1).sum())
+        for row, number in enumerate(batch):
+            tensors = {"ids": top.ids[row], "log_probs": top.log_probs[row]}
+            write_shard(directory, _file_name(number), tensors)
+    if missing:
+        logger.info(
+            "teacher: the %d most probable tokens of each position kept for %d samples; all others "
+            "have %.2f %% of the mass", KEPT_TOKENS, len(missing), 100 * rest / len(missing),
+        )  # fmt: skip
+    return CachedTeacher(directory, device)
+
+
+def teacher_logits(
+    model_config: ModelConfig,
+    input_ids: Int[Tensor, "all length"],
+    batches: Sequence[Sequence[int]],
+    device: torch.device,
+) -> Iterator[Float[Tensor, "samples length vocabulary"]]:
+    """Logits of the original model for batches of samples, one block in memory at a time."""
+    skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
+    returns_tuple = blocks_return_tuples(skeleton)
+    fill_on_demand(skeleton, device)
+    interner, hidden, calls = CallInterner(), [], []
+    with torch.inference_mode():
+        for batch in batches:
+            ids = input_ids[list(batch)].to(device)
+            states, of_blocks = record_calls(skeleton, ids, None, returns_tuple=returns_tuple)
+            hidden.append(states.cpu())
+            calls.append([interner.intern(call) for call in of_blocks])
+        for index in range(len(skeleton.blocks)):
+            block = skeleton.load_block(index, device)
+            _advance(block, hidden, [of_blocks[index] for of_blocks in calls], device)
+    for batch, states in zip(batches, hidden, strict=True):
+        ids = input_ids[list(batch)].to(device)
+        with torch.inference_mode():
+            yield logits_behind(
+                skeleton, states.to(device), ids, None, returns_tuple=returns_tuple
+            )
+
+
+def _advance(
+    block: torch.nn.Module, hidden: list[Tensor], calls: list[BlockCall], device: torch.device
+) -> None:
+    for number, call in enumerate(calls):
+        hidden[number] = call.run(block, hidden[number].to(device)).cpu()

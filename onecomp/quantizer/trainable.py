@@ -1,0 +1,150 @@
+"""A quantized layer while it is trained: what training may change, in float32, beside its format.
+
+Every forward pass computes with exactly what would be stored: scales rounded to float16, zero
+points and codes to whole numbers, latents to signs. Gradients go through the rounding
+(straight-through estimators), so that a loss is always that of the checkpoint to be written.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+CODE_SHARPNESS = 10.0
+"""Steepness of the smooth staircase whose slope is the gradient of rounding a latent code."""
+HALF_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training may change beside the scales."""
+
+    zero_points: bool = False
+    """Zero points; only where the checkpoint's format has them, so not with symmetric grids."""
+    decisions: bool = False
+    """Codes or signs, by way of latents."""
+    smoothing: float = 100.0
+    """Sharpness of the smooth sign. ``1 / smoothing`` is the latent scale: a fresh latent lies one
+    latent scale away from its boundary, and the smooth sign is as wide as that."""
+
+    @property
+    def latent_scale(self) -> float:
+        """How far a fresh latent is from where its sign or code changes."""
+        return 1 / self.smoothing
+
+
+class TrainableLinear(nn.Module, ABC):
+    """Stands in for a quantized layer while it is trained.
+
+    Args:
+        in_features: Inputs.
+        out_features: Outputs.
+        bias: The layer's bias, which stays as it is.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("bias", bias)
+
+    @abstractmethod
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The weight as it would be stored, in float32, differentiable in what is trained."""
+
+    @abstractmethod
+    def scales(self) -> Iterator[nn.Parameter]:
+        """Continuous parameters."""
+
+    def zero_points(self) -> Iterator[nn.Parameter]:
+        """Zero points, in code steps; none unless they are trained."""
+        yield from ()
+
+    @abstractmethod
+    def decisions(self) -> Iterator[nn.Parameter]:
+        """Latents of codes or signs, in units of their own; none unless they are trained."""
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """``nn.Linear``'s result with the weight rounded to the type of ``x``."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.weight().to(x.dtype), bias)
+
+
+def trained_scale(stored: Tensor) -> nn.Parameter:
+    """A float32 parameter that starts at stored scales."""
+    return nn.Parameter(stored.detach().float().clone())
+
+
+def as_stored(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """``scale`` rounded to what float16 can hold; the gradient passes."""
+    rounded = scale.detach().clamp(-HALF_MAX, HALF_MAX).half().float()
+    return scale + (rounded - scale.detach())
+
+
+class RoundCodes(torch.autograd.Function):
+    """Nearest code of a latent; backward, the slope of a smooth staircase.
+
+    The staircase is ``floor(v) + sigmoid(k (v - floor(v) - 1/2))``; outside the codes the slope is
+    zero unless the latent would be moved back inside.
+    """
+
+    @staticmethod
+    def forward(ctx, latent: Tensor, maxq: float, sharpness: float) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(latent)
+        ctx.maxq, ctx.sharpness = maxq, sharpness
+        return latent.clamp(0, maxq).round_()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+        (latent,) = ctx.saved_tensors
+        step = torch.sigmoid(ctx.sharpness * (latent - latent.floor() - 0.5))
+        slope = ctx.sharpness * step * (1 - step)
+        outward = ((latent <= 0) & (gradient > 0)) | ((latent >= ctx.maxq) & (gradient < 0))
+        return gradient * slope.masked_fill_(outward, 0), None, None
+
+
+class SmoothSign(torch.autograd.Function):
+    """Sign of a latent, that of zero is 1; backward, the slope of ``tanh(k x)`` by ``k``.
+
+    The factor ``k`` is left out: a latent and its scale shrink with ``k`` together, so that the
+    gradient is that of the sign by the latent in units of the latent scale.
+    """
+
+    @staticmethod
+    def forward(ctx, latent: Tensor, sharpness: float) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(latent)
+        ctx.sharpness = sharpness
+        return torch.where(latent >= 0, 1.0, -1.0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+        (latent,) = ctx.saved_tensors
+        return gradient * (1 - torch.tanh(ctx.sharpness * latent).square_()), None
+
+
+def signs_of(latent: Tensor, trained: Trained) -> Float[Tensor, "*shape"]:
+    """Signs of latents, differentiable."""
+    return SmoothSign.apply(latent, trained.smoothing)
+
+
+def codes_of(latent: Tensor, maxq: int) -> Float[Tensor, "*shape"]:
+    """Codes of latents, differentiable."""
+    return RoundCodes.apply(latent, float(maxq), CODE_SHARPNESS)
+
+
+def sign_latents(
+    signs: Float[Tensor, "*shape"], trained: Trained, confidence: Tensor | None = None
+) -> nn.Parameter:
+    """Latents whose signs are ``signs``, at most one latent scale away from zero.
+
+    Args:
+        signs: 1 and -1.
+        trained: Has the latent scale.
+        confidence: How far the value that a sign stands for lies on its side, 1 for usual;
+            negative where it lies on the other. None: all alike.
+    """
+    distance = torch.ones_like(signs) if confidence is None else confidence.clamp(0.05, 1)
+    return nn.Parameter(signs * distance * trained.latent_scale)
