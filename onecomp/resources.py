@@ -17,6 +17,16 @@ GROUP_FILES = (
 """Of both versions of control groups: limit, use, and the part of it that is given back."""
 
 
+def device_here(device: str) -> torch.device:
+    """The device of a worker in this process.
+
+    Args:
+        device: ``auto`` for CUDA where the process sees one, else the CPU.
+    """
+    use_cuda = device == "auto" and torch.cuda.is_available()
+    return torch.device("cuda" if use_cuda else device.replace("auto", "cpu"))
+
+
 @dataclass(frozen=True)
 class WorkerResources:
     """What one process of workers has for itself; bytes, None where it is not known."""

@@ -33,6 +33,7 @@ from onecomp.qep.config import QEPConfig
 from onecomp.quantizer.base import Quantizer
 from onecomp.quantizer.pieces import RowPiece
 from onecomp.quantizer.result import QuantizationResult
+from onecomp.resources import device_here
 from onecomp.statistics import Contribution, ShardSums, merge, total, with_sums
 from onecomp.store import RunDirectory
 from onecomp.stream import HeldShard, MicroBatch, OpenBlock, Streams
@@ -57,8 +58,7 @@ class WorkerSettings:
 
     def device_here(self) -> torch.device:
         """The device of a worker in this process."""
-        use_cuda = self.device == "auto" and torch.cuda.is_available()
-        return torch.device("cuda" if use_cuda else self.device.replace("auto", "cpu"))
+        return device_here(self.device)
 
 
 class Worker:

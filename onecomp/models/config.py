@@ -90,6 +90,12 @@ class ModelConfig:
             return torch.bfloat16
         return DTYPES[self.dtype]
 
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """The dtype to train in: gradients would vanish in float16."""
+        dtype = self.torch_dtype
+        return torch.float32 if dtype == torch.float16 else dtype
+
     def get_device(self) -> torch.device:
         """A concrete device."""
         if self.device != "auto":

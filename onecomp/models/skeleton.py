@@ -59,9 +59,13 @@ class Skeleton:
 
     def load_block(self, index: int, device: torch.device) -> nn.Module:
         """A fresh copy of one block with its weights on ``device``."""
-        block = copy.deepcopy(self.blocks[index])
+        block = self.fresh_block(index)
         fill(block, self.block_name(index), self, device)
         return block
+
+    def fresh_block(self, index: int) -> nn.Module:
+        """A copy of one block without weights."""
+        return copy.deepcopy(self.blocks[index])
 
     def outer_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules outside the blocks that hold parameters of their own, by full name."""
@@ -131,3 +135,22 @@ def fill(module: nn.Module, name: str, skeleton: Skeleton, device: torch.device)
     for child in module.modules():
         for key, buffer in child.named_buffers(recurse=False):
             child._buffers[key] = buffer.to(device)
+
+
+def fill_outside(skeleton: Skeleton, device: torch.device) -> None:
+    """Read everything outside the blocks; an output head that is tied gets the embedding's weight.
+
+    Args:
+        skeleton: Its modules are filled in place.
+        device: Where they go.
+    """
+    head, embedding = skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()
+    modules = dict(skeleton.outer_modules())
+    names = {id(module): name for name, module in modules.items()}
+    for name, module in modules.items():
+        stored = skeleton.tensor_name(f"{name}.weight")
+        is_tied = module is head and stored not in skeleton.source.tensor_files
+        fill(module, names[id(embedding)] if is_tied else name, skeleton, device)
+    for module in skeleton.model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = buffer.to(device)

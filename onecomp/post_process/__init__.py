@@ -1,0 +1,1 @@
+"""What improves a model after it was quantized."""

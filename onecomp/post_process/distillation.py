@@ -1,9 +1,9 @@
 """The one loss of every process that trains against a teacher, and of next-token prediction.
 
 The teacher is the model before quantization. What it says of a position is a distribution over the
-vocabulary, kept whole or as its most probable tokens and the mass of all others. With the others as one outcome
-the divergence is a lower bound of the whole one and differs from it by the mass of the
-others times the divergence within them (the chain rule of relative entropy).
+vocabulary, kept whole or as its most probable tokens and the mass of all others. With the others
+as one outcome the divergence is a lower bound of the whole one and differs from it by the mass of
+the others times the divergence within them (the chain rule of relative entropy).
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 LEAST_REST = 1e-7
-"""Share of the student's mass outside the kept tokens is not taken for less: its logarithm is used."""
+"""Least mass that the student is taken to have outside the kept tokens, for its logarithm."""
 
 
 class TeacherDistribution(ABC):

@@ -29,7 +29,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr_factor: float) -> bool:
-        """Clip, update every parameter with its learning rate times ``lr_factor``, forget gradients.
+        """Clip, update each parameter at its rate times ``lr_factor``, forget the gradients.
 
         Returns:
             Whether there was an update: not if a gradient is not finite.

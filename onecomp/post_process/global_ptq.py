@@ -92,9 +92,7 @@ class GlobalPTQ(PostQuantizationProcess):
             *whole_problems({name: getattr(self, name) for name in counts}, 1),
             *whole_problems({"early_stopping_patience": self.early_stopping_patience}, 0),
             *positive_problems({name: getattr(self, name) for name in rates}),
-            *ratio_problems(
-                {"warmup_ratio": self.warmup_ratio, "min_lr_ratio": self.min_lr_ratio}
-            ),
+            *ratio_problems({"warmup_ratio": self.warmup_ratio, "min_lr_ratio": self.min_lr_ratio}),
             *weight_problems(self.w_distill, self.w_ntp),
         ]
         if problems:
@@ -168,7 +166,7 @@ def teacher_for(
             model_config, ids, directory, device=device, temperature=weights.temperature
         )
     logger.info(
-        "teacher: held and asked again in each of %d epochs, as its answers to %d tokens would take "
+        "teacher: held and asked again in each of %d epochs: its answers to %d tokens would take "
         "more room than it does", course.epochs, ids.numel(),
     )  # fmt: skip
     return LiveTeacher(model_config, ids, device)

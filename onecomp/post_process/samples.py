@@ -55,4 +55,3 @@ def training_samples(
     num_held_out = max(1, int(len(samples) * HELD_OUT_RATIO))
     split = len(samples) - num_held_out
     return TrainingSamples(samples[:split].clone(), samples[split:].clone())
-

@@ -1,9 +1,8 @@
 """The quantized model while it is trained: on its device, its quantized layers trainable."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onecomp.models import ModelConfig
-from onecomp.models.skeleton import find_blocks
+from onecomp.models.skeleton import Skeleton
 from onecomp.post_process.base import quantization_config
 from onecomp.post_process.checkpointing import checkpointed_blocks
 from onecomp.post_process.engine import ParameterGroup
@@ -38,10 +37,12 @@ class Student:
         """Where it computes."""
         return next(self.model.parameters()).device
 
-    def logits(self, input_ids: Int[Tensor, "samples length"]) -> Float[Tensor, "samples length vocabulary"]:
+    def logits(
+        self, input_ids: Int[Tensor, "samples length"]
+    ) -> Float[Tensor, "samples length vocabulary"]:
         """The model's answer, with a gradient where one is asked for."""
-        context = torch.autocast(self.device.type, torch.bfloat16) if self.uses_bf16 else nullcontext()
-        with context:
+        narrow = torch.autocast(self.device.type, torch.bfloat16)
+        with narrow if self.uses_bf16 else nullcontext():
             return self.model(input_ids=input_ids, use_cache=False).logits
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -53,7 +54,9 @@ class Student:
             if parameter.requires_grad
         }
 
-    def groups(self, lr_of_codes: float, lr_of_signs: float, num_steps: int) -> list[ParameterGroup]:
+    def groups(
+        self, lr_of_codes: float, lr_of_signs: float, num_steps: int
+    ) -> list[ParameterGroup]:
         """One optimizer group for each kind of parameter.
 
         Args:
@@ -91,7 +94,8 @@ def student_of(
     is_symmetric = bool(quantization_config(model).get("sym", True))
     trained = Trained(zero_points=not is_symmetric)
     model.eval().requires_grad_(requires_grad=False)
-    blocks = model.get_submodule(find_blocks(model, model_config.source))
+    skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
+    blocks = model.get_submodule(skeleton.blocks_name)
     with ExitStack() as stack:
         stack.callback(model.to, "cpu")
         layers = stack.enter_context(trainable_layers(model, trained))

@@ -21,11 +21,11 @@ from onecomp.models import ModelConfig, Skeleton
 from onecomp.models.calls import (
     BlockCall,
     CallInterner,
-    fill_on_demand,
     logits_behind,
     record_calls,
 )
 from onecomp.models.layout import blocks_return_tuples
+from onecomp.models.skeleton import fill_outside
 from onecomp.post_process.distillation import TeacherDistribution, TopTokens, WholeDistribution
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,8 @@ def _file_name(sample: int) -> str:
 def cache_is_smaller(model_config: ModelConfig, num_tokens: int) -> bool:
     """Whether files of kept tokens take less room than the teacher itself.
 
-    A teacher whose answers are kept is asked once for all epochs and evaluations, so that in time it
-    is always cheaper.
+    A teacher whose answers are kept is asked once for all epochs and evaluations, which is always
+    cheaper in time.
     """
     headers = model_config.source.headers()
     weights = sum(math.prod(stored.shape) for stored in headers.values())
@@ -153,7 +153,7 @@ def teacher_logits(
     """Logits of the original model for batches of samples, one block in memory at a time."""
     skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
     returns_tuple = blocks_return_tuples(skeleton)
-    fill_on_demand(skeleton, device)
+    fill_outside(skeleton, device)
     interner, hidden, calls = CallInterner(), [], []
     with torch.inference_mode():
         for batch in batches:
@@ -167,9 +167,7 @@ def teacher_logits(
     for batch, states in zip(batches, hidden, strict=True):
         ids = input_ids[list(batch)].to(device)
         with torch.inference_mode():
-            yield logits_behind(
-                skeleton, states.to(device), ids, None, returns_tuple=returns_tuple
-            )
+            yield logits_behind(skeleton, states.to(device), ids, None, returns_tuple=returns_tuple)
 
 
 def _advance(

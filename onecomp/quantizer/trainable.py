@@ -8,6 +8,7 @@ points and codes to whole numbers, latents to signs. Gradients go through the ro
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,6 +68,10 @@ class TrainableLinear(nn.Module, ABC):
     def decisions(self) -> Iterator[nn.Parameter]:
         """Latents of codes or signs, in units of their own; none unless they are trained."""
 
+    @abstractmethod
+    def decided(self) -> Iterator[Tensor]:
+        """What the latents stand for: codes or signs; none unless they are trained."""
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """``nn.Linear``'s result with the weight rounded to the type of ``x``."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -92,13 +97,15 @@ class RoundCodes(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, latent: Tensor, maxq: float, sharpness: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, latent: Tensor, maxq: float, sharpness: float) -> Tensor:
+        """Codes as floats."""
         ctx.save_for_backward(latent)
         ctx.maxq, ctx.sharpness = maxq, sharpness
         return latent.clamp(0, maxq).round_()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN001
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient times the slope."""
         (latent,) = ctx.saved_tensors
         step = torch.sigmoid(ctx.sharpness * (latent - latent.floor() - 0.5))
         slope = ctx.sharpness * step * (1 - step)
@@ -114,13 +121,15 @@ class SmoothSign(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, latent: Tensor, sharpness: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, latent: Tensor, sharpness: float) -> Tensor:
+        """Signs."""
         ctx.save_for_backward(latent)
         ctx.sharpness = sharpness
         return torch.where(latent >= 0, 1.0, -1.0)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient times the slope."""
         (latent,) = ctx.saved_tensors
         return gradient * (1 - torch.tanh(ctx.sharpness * latent).square_()), None
 

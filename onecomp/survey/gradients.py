@@ -14,7 +14,7 @@ from torch.nn import functional
 from onecomp.calibration.shards import CalibrationShard
 from onecomp.export.checkpoint import write_shard
 from onecomp.models.calls import BlockCall, CallInterner, logits_behind, record_calls
-from onecomp.models.skeleton import Skeleton, fill
+from onecomp.models.skeleton import Skeleton, fill_outside
 from onecomp.storage import AnyPath
 from onecomp.worker import WorkerSettings
 
@@ -180,22 +180,3 @@ class _OutputGradients:
 def shard_file(index: int) -> str:
     """Name of the file with a shard's sums."""
     return f"{index:05d}.safetensors"
-
-
-def fill_outside(skeleton: Skeleton, device: torch.device) -> None:
-    """Read everything outside the blocks; an output head that is tied gets the embedding's weight.
-
-    Args:
-        skeleton: Its modules are filled in place.
-        device: Where they go.
-    """
-    head, embedding = skeleton.model.get_output_embeddings(), skeleton.model.get_input_embeddings()
-    modules = dict(skeleton.outer_modules())
-    names = {id(module): name for name, module in modules.items()}
-    for name, module in modules.items():
-        stored = skeleton.tensor_name(f"{name}.weight")
-        is_tied = module is head and stored not in skeleton.source.tensor_files
-        fill(module, names[id(embedding)] if is_tied else name, skeleton, device)
-    for module in skeleton.model.modules():
-        for key, buffer in module.named_buffers(recurse=False):
-            module._buffers[key] = buffer.to(device)

@@ -71,3 +71,8 @@ class TrainableFactors(TrainableLinear):
         """Latents of both factors, if trained."""
         if self.trained.decisions:
             yield from (self.left, self.right)
+
+    def decided(self) -> Iterator[Tensor]:
+        """Signs of both factors, if trained."""
+        if self.trained.decisions:
+            yield from (self.left_signs(), self.right_signs())

@@ -108,3 +108,8 @@ class TrainableCodes(TrainableLinear):
         """Latent codes, if trained."""
         if self.latent is not None:
             yield self.latent
+
+    def decided(self) -> Iterator[Tensor]:
+        """Codes, if trained."""
+        if self.latent is not None:
+            yield self.codes()

@@ -29,7 +29,7 @@ class TrainableSigns(TrainableLinear):
             close call and change first. None: all alike.
     """
 
-    def __init__(  # noqa: PLR0913 - the parts of one layer
+    def __init__(
         self,
         signs: Float[Tensor, "out in"],
         output_scale: Tensor,
@@ -66,3 +66,8 @@ class TrainableSigns(TrainableLinear):
         """Latents of the signs, if trained."""
         if self.trained.decisions:
             yield self.sign
+
+    def decided(self) -> Iterator[Tensor]:
+        """Signs, if trained."""
+        if self.trained.decisions:
+            yield self.signs()

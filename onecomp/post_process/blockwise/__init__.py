@@ -1,0 +1,1 @@
+"""Block-wise training: one block at a time, or two, over the workers of an executor."""

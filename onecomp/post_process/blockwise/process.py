@@ -1,0 +1,230 @@
+"""Block-wise training as a post-process: of a live model, or of a checkpoint directory."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from onecomp.calibration import CalibrationConfig
+from onecomp.errors import ConfigError
+from onecomp.executor import Executor, default_executor
+from onecomp.export.live import save_live_model
+from onecomp.models import ModelConfig, Skeleton
+from onecomp.post_process.base import Outcome, PostQuantizationProcess, record, require_trainable
+from onecomp.post_process.blockwise.span import Rates
+from onecomp.post_process.blockwise.student_blocks import Patches, QuantizedBlocks
+from onecomp.post_process.blockwise.tuner import (
+    STUDENT,
+    TEACHER,
+    TunerSettings,
+    shards_of,
+)
+from onecomp.post_process.blockwise.tuning import Phase, SpanReport, Tuning
+from onecomp.post_process.samples import TrainingSamples, training_samples
+from onecomp.quantizer.checks import positive_problems, whole_problems
+from onecomp.storage import TemporaryPath
+
+logger = logging.getLogger(__name__)
+
+ROLLED_BACK = "the whole model was no better on held-out samples; rolled back"
+
+
+@dataclass
+class BlockWisePTQ(PostQuantizationProcess):
+    """Trains one block after the other to give what the original block gives.
+
+    The inputs of a block are those that the model trained so far produces; what it should give is
+    what the original model has there, so that earlier errors are corrected, too. Per block the
+    state with the lowest held-out error is kept. If the whole model's divergence from the original
+    is not lower on held-out samples afterwards, everything is rolled back.
+
+    Scales are always trained; ``optimize_binary`` and ``gptq_optimize_intweight`` also train signs
+    and codes by way of latents. Learning rates are relative, so that one value serves all models:
+    those of scales are shares of a layer's mean scale, those of latents count in units in which a
+    fresh latent lies ``1 / k_smooth`` from where its sign or code changes.
+
+    Args:
+        name: Name for messages.
+        lr: Learning rate of scales and latent signs of DBF and Onebit layers.
+        epochs: Passes over the training samples for each block.
+        cbq_enable: Train pairs of neighbouring blocks afterwards (cross-block quantization).
+        gptq_lr: Learning rate of scales of integer codes, and of zero points of asymmetric grids.
+        gptq_optimize_intweight: Train integer codes.
+        gptq_intweight_lr: Their learning rate.
+        grad_clip: Largest norm of a step's gradient.
+        optimize_binary: Train signs.
+        k_smooth: Sharpness of the smooth sign, and inverse latent scale.
+        cbq_epochs: Passes for each pair; 0 for ``epochs``.
+        cbq_lr: Learning rate in pairs, of everything that is trained.
+        calibration_config: Text; None for 128 samples of C4. An eighth of it is held out.
+        batch_size: Samples of a step. They are shared out over the workers, so that more workers
+            than this have nothing to do; the result does not depend on how many there are.
+        targets: ``teacher``: original blocks see the original model's hidden states;
+            ``student``: those of the model trained so far, so that only a block's own error counts.
+        num_workers: 0 for this process, N for Ray workers, None to choose.
+        address: Ray cluster.
+
+    Raises:
+        ConfigError: Settings out of range, all of them listed.
+    """
+
+    lr: float = 1e-4
+    epochs: int = 10
+    cbq_enable: bool = False
+    gptq_lr: float = 1e-3
+    gptq_optimize_intweight: bool = False
+    gptq_intweight_lr: float = 1e-4
+    grad_clip: float = 1.0
+    optimize_binary: bool = True
+    k_smooth: float = 100.0
+    cbq_epochs: int = 0
+    cbq_lr: float = 5e-5
+    calibration_config: CalibrationConfig | None = None
+    _: KW_ONLY
+    batch_size: int = 4
+    targets: str = TEACHER
+    num_workers: int | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rates = ("lr", "gptq_lr", "gptq_intweight_lr", "cbq_lr", "grad_clip", "k_smooth")
+        problems = [
+            *positive_problems({name: getattr(self, name) for name in rates}),
+            *whole_problems({"epochs": self.epochs, "batch_size": self.batch_size}, 1),
+            *whole_problems({"cbq_epochs": self.cbq_epochs}, 0),
+        ]
+        if self.targets not in (TEACHER, STUDENT):
+            problems.append(f"targets={self.targets!r}: must be {TEACHER!r} or {STUDENT!r}.")
+        if problems:
+            raise ConfigError(type(self).__name__, problems)
+
+    def run(self, quantized_model: PreTrainedModel, model_config: ModelConfig) -> None:
+        """Train the model in place; on the CPU and in evaluation mode afterwards."""
+        layers = require_trainable(self, quantized_model, model_config)
+        samples = self._samples(model_config)
+        place = TemporaryPath("onecomp-blockwise-")
+        checkpoint, patches = place.path / "checkpoint", Patches(place.path / "patches")
+        save_live_model(quantized_model, checkpoint)
+        outcome = self.tune(checkpoint, patches, model_config, samples)
+        if outcome.executed:
+            for path in sorted(patches.directory.glob("*.safetensors")):
+                _install(layers, load_file(path))
+        record(quantized_model, self, outcome)
+
+    def _samples(self, model_config: ModelConfig) -> TrainingSamples:
+        samples = training_samples(str(self.name), self.calibration_config, model_config)
+        if len(samples.train) < self.batch_size:
+            raise ConfigError(
+                str(self.name),
+                [
+                    f"{len(samples.train)} training samples are fewer than batch_size="
+                    f"{self.batch_size}. Use more samples, or a smaller batch_size."
+                ],
+            )
+        return samples
+
+    def tune(
+        self,
+        checkpoint: Path,
+        patches: Patches,
+        model_config: ModelConfig,
+        samples: TrainingSamples,
+        executor: Executor | None = None,
+    ) -> Outcome:
+        """Train the blocks of a checkpoint, and write what was learned to ``patches``.
+
+        Args:
+            checkpoint: Directory of the quantized model; read block by block.
+            patches: Where the results go; spans that are there already are not trained again.
+            model_config: The original model.
+            samples: To train on and to judge by.
+            executor: Where the workers are; None makes one and stops it afterwards.
+        """
+        started = time.monotonic()
+        own = executor is None
+        executor = executor or default_executor(self.num_workers, address=self.address)
+        executor.limit(self.batch_size)
+        try:
+            tuning = self._tuning(executor, checkpoint, patches, model_config, samples)
+            before, after = tuning.run()
+        finally:
+            if own:
+                executor.stop()
+        return _outcome(before, after, tuning.reports, time.monotonic() - started)
+
+    def _tuning(
+        self,
+        executor: Executor,
+        checkpoint: Path,
+        patches: Patches,
+        model_config: ModelConfig,
+        samples: TrainingSamples,
+    ) -> Tuning:
+        settings = TunerSettings(
+            source=model_config.source,
+            dtype=model_config.training_dtype,
+            device=model_config.device,
+            checkpoint=checkpoint,
+            patches=patches,
+            targets=self.targets,
+            grad_clip=self.grad_clip,
+        )
+        skeleton = Skeleton.build(model_config.source, settings.dtype)
+        blocks = QuantizedBlocks(checkpoint, skeleton, patches)
+        num_blocks = len(skeleton.blocks)
+        return Tuning(
+            executor=executor,
+            settings=settings,
+            shards=shards_of(samples.train, samples.held_out, self.batch_size),
+            phases=self._phases(is_symmetric=bool(blocks.config.get("sym", True))),
+            trainable=[i for i in range(num_blocks) if blocks.layer_names(i)],
+            num_blocks=num_blocks,
+            seed=0 if self.calibration_config is None else self.calibration_config.seed,
+        )
+
+    def _phases(self, *, is_symmetric: bool) -> list[Phase]:
+        rates = Rates(
+            codes_scale=self.gptq_lr,
+            signs_scale=self.lr,
+            codes=self.gptq_intweight_lr if self.gptq_optimize_intweight else 0,
+            signs=self.lr if self.optimize_binary else 0,
+            zero_points=0 if is_symmetric else self.gptq_lr,
+            smoothing=self.k_smooth,
+        )
+        phases = [Phase(number=0, span=1, epochs=self.epochs, rates=rates)]
+        if self.cbq_enable:
+            epochs = self.cbq_epochs or self.epochs
+            phases.append(Phase(number=1, span=2, epochs=epochs, rates=rates.at(self.cbq_lr)))
+        return phases
+
+
+def _install(layers: dict, tensors: dict) -> None:
+    """Give quantized layers of a live model their new tensors."""
+    for name, tensor in tensors.items():
+        layer, _, key = name.rpartition(".")
+        held = layers[layer].state_dict()[key]
+        held.copy_(tensor)
+
+
+def _outcome(before: float, after: float, reports: Sequence[SpanReport], seconds: float) -> Outcome:
+    is_better = after < before
+    logger.info("divergence from the original, held out: %.4f -> %.4f nats a token", before, after)
+    return Outcome(
+        executed=is_better,
+        reason="" if is_better else ROLLED_BACK,
+        held_out_before=before,
+        held_out_after=min(before, after),
+        seconds=round(seconds, 1),
+        details={
+            "spans": len(reports),
+            "improved_spans": sum(report.after < report.before for report in reports),
+            "changed_decisions": sum(report.changed for report in reports),
+            "trained_decisions": sum(report.decisions for report in reports),
+            "skipped_steps": sum(report.skipped for report in reports),
+        },
+    )

@@ -1,0 +1,148 @@
+"""Consecutive blocks that are trained together: their parameters as one vector, their loss."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from onecomp.models.calls import BlockCall
+from onecomp.quantizer.gptq.layer import GPTQLinear
+from onecomp.quantizer.gptq.trainable import TrainableCodes
+from onecomp.quantizer.quant_linear import QuantLinear
+from onecomp.quantizer.trainable import TrainableLinear, Trained
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of Adam, and what is trained."""
+
+    codes_scale: float
+    """Of scales of integer codes, as a share of a layer's mean scale."""
+    signs_scale: float
+    """Of scales of signs, likewise."""
+    codes: float
+    """Of latent codes; 0: codes stay. In units of ``1 / smoothing``, see ``Trained``."""
+    signs: float
+    """Of latent signs, likewise."""
+    zero_points: float
+    """Of zero points, in code steps; 0: they stay."""
+    smoothing: float = 100.0
+
+    def at(self, lr: float) -> "Rates":
+        """The same things trained at one rate."""
+        return Rates(
+            codes_scale=lr,
+            signs_scale=lr,
+            codes=lr if self.codes else 0,
+            signs=lr if self.signs else 0,
+            zero_points=lr if self.zero_points else 0,
+            smoothing=self.smoothing,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One parameter of a span."""
+
+    parameter: nn.Parameter
+    lr: float
+
+
+class Span:
+    """Quantized blocks whose layers are trainable, on one device.
+
+    Args:
+        blocks: In the order of the model; their quantized layers are replaced in place.
+        originals: The same blocks of the original model, for close calls among codes and signs.
+        rates: What is trained, and how fast.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], originals: Sequence[nn.Module], rates: Rates):
+        self.blocks = list(blocks)
+        self._layers: list[tuple[nn.Module, str, QuantLinear, TrainableLinear]] = []
+        for block, original in zip(blocks, originals, strict=True):
+            for name, layer in _quantized(block).items():
+                learning = layer.trainable(
+                    _trained(layer, rates), original.get_submodule(name).weight
+                )
+                self._layers.append((block, name, layer, learning))
+                block.set_submodule(name, learning)
+        self.slots = [slot for *_, learning in self._layers for slot in _slots(learning, rates)]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that is trained, in a fixed order."""
+        return [slot.parameter for slot in self.slots]
+
+    def vector(self) -> Float[Tensor, "numbers"]:
+        """Copies of all parameters, one behind the other."""
+        return torch.cat([p.detach().flatten() for p in self.parameters])
+
+    def load(self, vector: Float[Tensor, "numbers"]) -> None:
+        """The inverse of ``vector``."""
+        sizes = [p.numel() for p in self.parameters]
+        with torch.no_grad():
+            for parameter, values in zip(self.parameters, vector.split(sizes), strict=True):
+                parameter.copy_(values.view_as(parameter))
+
+    def run(self, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
+        """Hidden states behind the span."""
+        for block, call in zip(self.blocks, calls, strict=True):
+            hidden = call.run(block, hidden)
+        return hidden
+
+    def gradient(
+        self, calls: Sequence[BlockCall], hidden: Tensor, target: Tensor
+    ) -> tuple[Float[Tensor, "numbers"], float]:
+        """Gradient of the loss of one sample by the vector, and the loss."""
+        loss = block_loss(self.run(calls, hidden), target)
+        gradients = torch.autograd.grad(loss, self.parameters)
+        return torch.cat([g.flatten() for g in gradients]), float(loss.detach())
+
+    def close(self) -> None:
+        """Put the quantized layers back, with what was learned."""
+        for block, name, layer, learning in self._layers:
+            layer.adopt(learning)
+            block.set_submodule(name, layer)
+
+    def decisions(self) -> Float[Tensor, "decisions"]:
+        """Codes and signs as they are now, for counting changes; empty where none are trained."""
+        found = [decision for *_, learning in self._layers for decision in learning.decided()]
+        return torch.cat([d.detach().flatten() for d in found]) if found else torch.empty(0)
+
+
+def block_loss(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    """Squared error of hidden states, relative to the target's size, mean over tokens.
+
+    Relative for each token, as a few tokens of most models are a hundred times as large as the
+    others and would be all that counts.
+    """
+    output, target = output.float(), target.float()
+    error = (output - target).square().sum(-1)
+    return (error / target.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def _quantized(block: nn.Module) -> Mapping[str, QuantLinear]:
+    return {name: m for name, m in block.named_modules() if isinstance(m, QuantLinear)}
+
+
+def _trained(layer: QuantLinear, rates: Rates) -> Trained:
+    has_codes = isinstance(layer, GPTQLinear)
+    return Trained(
+        zero_points=has_codes and rates.zero_points > 0,
+        decisions=(rates.codes if has_codes else rates.signs) > 0,
+        smoothing=rates.smoothing,
+    )
+
+
+def _slots(layer: TrainableLinear, rates: Rates) -> Iterator[Slot]:
+    has_codes = isinstance(layer, TrainableCodes)
+    scale_rate = rates.codes_scale if has_codes else rates.signs_scale
+    for scale in layer.scales():
+        yield Slot(scale, scale_rate * float(scale.detach().abs().mean()))
+    for zero in layer.zero_points():
+        yield Slot(zero, rates.zero_points)
+    for latent in layer.decisions():
+        yield Slot(latent, rates.codes if has_codes else rates.signs)

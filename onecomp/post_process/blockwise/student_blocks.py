@@ -1,0 +1,124 @@
+"""Blocks of a quantized checkpoint one by one, with what was learned since in files beside it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from onecomp.export.checkpoint import CONFIG, write_shard
+from onecomp.export.load import load_layer, read_json
+from onecomp.export.quant_config import LayerFormat, quantized_layers
+from onecomp.models.skeleton import Skeleton, fill
+from onecomp.models.source import ModelSource
+from onecomp.quantizer.quant_linear import QuantLinear
+
+LONGEST_SPAN = 2
+"""Blocks that are trained together at most."""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Tensors that replace those of a checkpoint; a file for each span of blocks that was trained.
+
+    Spans of a later phase count more than those of an earlier one, and within a phase later
+    spans more than earlier ones.
+    """
+
+    directory: Path
+
+    def path(self, phase: int, first: int) -> Path:
+        """File of the span that begins with block ``first``."""
+        return self.directory / f"phase{phase}-{first:05d}.safetensors"
+
+    def has(self, phase: int, first: int) -> bool:
+        """Whether a span is finished."""
+        return self.path(phase, first).exists()
+
+    def write(self, phase: int, first: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write a span's tensors by full name, atomically."""
+        path = self.path(phase, first)
+        write_shard(path.parent, path.name, tensors)
+
+    def of_block(self, index: int, prefix: str) -> dict[str, Tensor]:
+        """What was learned of the tensors of one block, the latest of each, by full name."""
+        spans = (f"{first:05d}" for first in (index - LONGEST_SPAN + 1, index) if first >= 0)
+        endings = tuple(f"-{span}.safetensors" for span in spans)
+        found: dict[str, Tensor] = {}
+        for path in sorted(self.directory.glob("phase*.safetensors")):
+            if path.name.endswith(endings):
+                found |= load_file(path)
+        return {n: tensor for n, tensor in found.items() if n.startswith(prefix + ".")}
+
+
+class QuantizedBlocks:
+    """Blocks of a quantized checkpoint, read when they are asked for.
+
+    Args:
+        checkpoint: Its directory.
+        original: Skeleton of the original model, which has the same modules.
+        patches: What was learned since.
+    """
+
+    def __init__(self, checkpoint: Path, original: Skeleton, patches: Patches):
+        self.directory, self.patches = checkpoint, patches
+        source = ModelSource(str(checkpoint), checkpoint, original.source.trust_remote_code)
+        self.skeleton = replace(original, source=source)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's ``quantization_config``."""
+        return read_json(self.directory / CONFIG)["quantization_config"]
+
+    @cached_property
+    def formats(self) -> dict[str, LayerFormat]:
+        """How each quantized layer is stored, by full name."""
+        names = (name for name, _ in self.skeleton.model.named_modules())
+        return quantized_layers(self.config, names)
+
+    def layer_names(self, index: int) -> list[str]:
+        """Full names of the quantized layers of a block."""
+        prefix = self.skeleton.block_name(index) + "."
+        return [name for name in self.formats if name.startswith(prefix)]
+
+    def load(self, index: int, device: torch.device) -> nn.Module:
+        """A fresh copy of one block on a device, its quantized layers in place."""
+        skeleton, prefix = self.skeleton, self.skeleton.block_name(index)
+        names = self.layer_names(index)
+        block = skeleton.fresh_block(index)
+        for name in names:
+            block.set_submodule(name.removeprefix(prefix + "."), nn.Identity())
+        fill(block, prefix, skeleton, device)
+        learned = self.patches.of_block(index, prefix)
+        for name in names:
+            state = self._state(name) | _within(learned, name)
+            layer = load_layer(state, self.formats[name], name, self.directory)
+            block.set_submodule(name.removeprefix(prefix + "."), layer.to(device))
+        return block.eval().requires_grad_(requires_grad=False)
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        files = self.skeleton.source.tensor_files
+        return _within(self.skeleton.source.read(_below(files, name)), name)
+
+
+def _below(names: Iterable[str], layer: str) -> list[str]:
+    return [name for name in names if name.rpartition(".")[0] == layer]
+
+
+def _within(tensors: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """A layer's tensors by their names inside it."""
+    return {name.rpartition(".")[2]: tensors[name] for name in _below(tensors, layer)}
+
+
+def packed_tensors(block: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a block's quantized layers, by full name."""
+    return {
+        f"{prefix}.{short}.{key}": tensor
+        for short, module in block.named_modules()
+        if isinstance(module, QuantLinear)
+        for key, tensor in module.packed_state().items()
+    }

@@ -1,0 +1,316 @@
+"""One worker of block-wise training: its samples on their way through the blocks, its gradients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from onecomp.models.calls import (
+    BlockCall,
+    CallInterner,
+    logits_behind,
+    record_calls,
+)
+from onecomp.models.layout import blocks_return_tuples
+from onecomp.models.skeleton import Skeleton, fill_outside
+from onecomp.models.source import ModelSource
+from onecomp.post_process.blockwise.span import Rates, Span, block_loss
+from onecomp.post_process.blockwise.student_blocks import (
+    Patches,
+    QuantizedBlocks,
+    packed_tensors,
+)
+from onecomp.post_process.distillation import WholeDistribution
+from onecomp.resources import device_here
+
+TEACHER, STUDENT = "teacher", "student"
+"""Whose hidden states the original blocks see when they say what a block should give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunerSettings:
+    """What every worker is made of."""
+
+    source: ModelSource
+    """The original model."""
+    dtype: torch.dtype
+    device: str
+    checkpoint: Path
+    """The quantized model."""
+    patches: Patches
+    targets: str
+    grad_clip: float
+
+
+@dataclass(frozen=True)
+class SampleShard:
+    """Samples of one place in every step."""
+
+    index: int
+    train: Int[Tensor, "samples length"]
+    held_out: Int[Tensor, "judges length"]
+
+
+@dataclass
+class _Sample:
+    """One sample in front of a block."""
+
+    input_ids: Tensor
+    calls: list[BlockCall]
+    teacher: Tensor
+    """Hidden states of the original model."""
+    student: Tensor
+    """Of the model as far as it is trained."""
+    untrained: Tensor | None
+    """Of the quantized model as it came; for held-out samples."""
+    target: Tensor | None = None
+    """What the span should give."""
+
+
+@dataclass
+class _Held:
+    """A shard in the hands of its worker."""
+
+    train: list[_Sample] = field(default_factory=list)
+    held_out: list[_Sample] = field(default_factory=list)
+
+
+class BlockTuner:
+    """Holds shards and the span that is trained; one of them, the owner, also has its optimizer.
+
+    Args:
+        number: The worker's number.
+        settings: Those of the process.
+    """
+
+    def __init__(self, number: int, settings: TunerSettings):
+        del number
+        torch.set_num_threads(1)  # equal bits on any number of workers
+        self.settings, self.device = settings, device_here(settings.device)
+        # Made here, one worker after the other: building modules changes torch for all threads.
+        self.skeleton = Skeleton.build(settings.source, settings.dtype)
+        self.outside = Skeleton.build(settings.source, settings.dtype)
+        self.returns_tuple = blocks_return_tuples(self.skeleton)
+        fill_outside(self.outside, self.device)
+        self.student = QuantizedBlocks(settings.checkpoint, self.skeleton, settings.patches)
+        self._shards: dict[int, _Held] = {}
+        self._span: Span | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._start: Tensor | None = None
+        self._skipped = 0
+
+    # Samples
+
+    def hold(self, *shards: SampleShard) -> None:
+        """Take shards and run them through everything in front of the blocks."""
+        interner = CallInterner()
+        for shard in shards:
+            held = _Held(
+                [self._embed(interner, ids, judges=False) for ids in shard.train],
+                [self._embed(interner, ids, judges=True) for ids in shard.held_out],
+            )
+            self._shards[shard.index] = held
+
+    def _embed(self, interner: CallInterner, ids: Tensor, *, judges: bool) -> _Sample:
+        ids = ids[None].to(self.device)
+        hidden, calls = record_calls(self.outside, ids, None, returns_tuple=self.returns_tuple)
+        copies: dict[int, Tensor] = {}
+
+        def usable(tensor: Tensor) -> Tensor:  # autograd takes none that were made for inference
+            return copies.setdefault(id(tensor), tensor.clone())
+
+        calls = [interner.intern(call).map_tensors(usable) for call in calls]
+        hidden = hidden.clone().cpu()
+        return _Sample(ids.cpu(), calls, hidden, hidden, hidden if judges else None)
+
+    def _samples(self) -> list[_Sample]:
+        return [s for held in self._shards.values() for s in (*held.train, *held.held_out)]
+
+    # Going through the blocks
+
+    def pass_by(self, index: int) -> None:
+        """Carry all streams through a block that is not trained now, or was before."""
+        student = self.student.load(index, self.device)
+        original = self.skeleton.load_block(index, self.device)
+        untrained = self._untrained_block(index)
+        self._advance(index, student, original, untrained)
+
+    def _untrained_block(self, index: int) -> nn.Module:
+        nothing = Patches(self.settings.patches.directory / "none")
+        return QuantizedBlocks(self.settings.checkpoint, self.skeleton, nothing).load(
+            index, self.device
+        )
+
+    @torch.no_grad()
+    def _advance(
+        self, index: int, student: nn.Module, original: nn.Module, untrained: nn.Module
+    ) -> None:
+        for sample in self._samples():
+            call = sample.calls[index]
+            sample.teacher = self._through(call, original, sample.teacher)
+            sample.student = self._through(call, student, sample.student)
+            if sample.untrained is not None:
+                sample.untrained = self._through(call, untrained, sample.untrained)
+
+    def _through(self, call: BlockCall, block: nn.Module, hidden: Tensor) -> Tensor:
+        return call.run(block, hidden.to(self.device)).cpu()
+
+    # A span
+
+    @torch.no_grad()
+    def open_span(self, first: int, count: int, rates: Rates) -> None:
+        """Make blocks trainable, and ask the original ones what they should give."""
+        indices = range(first, first + count)
+        originals = [self.skeleton.load_block(i, self.device) for i in indices]
+        students = [self.student.load(i, self.device) for i in indices]
+        for sample in self._samples():
+            is_own = self.settings.targets == TEACHER
+            hidden = sample.teacher if is_own else sample.student
+            for index, original in zip(indices, originals, strict=True):
+                hidden = self._through(sample.calls[index], original, hidden)
+            sample.target = hidden
+        self._first, self._count, self._originals = first, count, originals
+        self._span = Span(students, originals, rates)
+        self._optimizer, self._start, self._skipped = None, None, 0
+
+    def parameters(self) -> Float[Tensor, "numbers"]:
+        """The span's parameters; whoever is asked becomes its owner."""
+        groups = [{"params": [slot.parameter], "lr": slot.lr} for slot in self._span.slots]
+        self._optimizer = torch.optim.Adam(groups)
+        self._rates = [slot.lr for slot in self._span.slots]
+        self._start = self._span.decisions()
+        return self._span.vector()
+
+    def gradients(
+        self, position: Mapping[int, int], vector: Float[Tensor, "numbers"]
+    ) -> dict[int, tuple[Tensor, float]]:
+        """Gradient and loss of one sample of each shard.
+
+        Args:
+            position: By shard that has a sample in this step, which one.
+            vector: Parameters to compute with.
+        """
+        self._span.load(vector)
+        found = {}
+        for shard, held in self._shards.items():
+            if shard in position:
+                sample = held.train[position[shard]]
+                found[shard] = self._span.gradient(*self._inputs(sample))
+        return found
+
+    def _inputs(self, sample: _Sample) -> tuple[list[BlockCall], Tensor, Tensor]:
+        calls = sample.calls[self._first : self._first + self._count]
+        return calls, sample.student.to(self.device), sample.target.to(self.device)
+
+    def update(
+        self, lr_factor: float, *found: Mapping[int, tuple[Tensor, float]]
+    ) -> Float[Tensor, "numbers"]:
+        """One step with the mean gradient; the order of the sum is that of the shards.
+
+        A step whose gradient is not finite is skipped and counted.
+        """
+        by_shard = {shard: part for parts in found for shard, part in parts.items()}
+        gradients = [by_shard[shard][0] for shard in sorted(by_shard)]
+        total = gradients[0].clone()
+        for gradient in gradients[1:]:
+            total += gradient.to(total.device)
+        mean = total / len(gradients)
+        norm = mean.norm()
+        if not bool(norm.isfinite()):
+            self._skipped += 1
+            return self._span.vector()
+        mean *= min(1.0, self.settings.grad_clip / max(float(norm), 1e-12))
+        sizes = [p.numel() for p in self._span.parameters]
+        for slot, gradient in zip(self._span.slots, mean.split(sizes), strict=True):
+            slot.parameter.grad = gradient.view_as(slot.parameter).to(self.device)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * lr_factor
+        self._optimizer.step()
+        return self._span.vector()
+
+    @torch.no_grad()
+    def judge(self, vector: Float[Tensor, "numbers"]) -> dict[int, list[float]]:
+        """Losses of the held-out samples of every shard."""
+        self._span.load(vector)
+        return {
+            shard: [
+                float(block_loss(self._span.run(calls, hidden), target))
+                for calls, hidden, target in map(self._inputs, held.held_out)
+            ]
+            for shard, held in self._shards.items()
+        }
+
+    def tally(self, vector: Float[Tensor, "numbers"]) -> tuple[int, int, int]:
+        """Decisions that changed since the beginning, all decisions, steps skipped."""
+        self._span.load(vector)
+        now = self._span.decisions()
+        return int((now != self._start).sum()), now.numel(), self._skipped
+
+    @torch.no_grad()
+    def close_span(self, vector: Float[Tensor, "numbers"], phase: int, writes: bool) -> None:
+        """Take over the parameters, write the span, carry all streams through its first block."""
+        self._span.load(vector)
+        self._span.close()
+        if writes:
+            tensors = {}
+            for offset, block in enumerate(self._span.blocks):
+                prefix = self.skeleton.block_name(self._first + offset)
+                tensors |= packed_tensors(block, prefix)
+            self.settings.patches.write(phase, self._first, tensors)
+        untrained = self._untrained_block(self._first)
+        self._advance(self._first, self._span.blocks[0], self._originals[0], untrained)
+        self._span = self._optimizer = None
+        self._originals = []
+
+    # The whole model
+
+    @torch.no_grad()
+    def divergences(self) -> dict[int, list[tuple[float, float]]]:
+        """Of every shard's held-out samples, behind the last block: divergence from the teacher.
+
+        Returns:
+            In nats per token, of the model as it came and as it is now.
+        """
+
+        def logits(sample: _Sample, hidden: Tensor) -> Tensor:
+            ids = sample.input_ids.to(self.device)
+            hidden = hidden.to(self.device)
+            return logits_behind(self.outside, hidden, ids, None, returns_tuple=self.returns_tuple)
+
+        found: dict[int, list[tuple[float, float]]] = {}
+        for shard, held in self._shards.items():
+            found[shard] = []
+            for sample in held.held_out:
+                teacher = WholeDistribution(logits(sample, sample.teacher))
+                both = [
+                    float(teacher.divergence(logits(sample, hidden), 1.0).mean())
+                    for hidden in (sample.untrained, sample.student)
+                ]
+                found[shard].append((both[0], both[1]))
+        return found
+
+
+def shards_of(
+    train: Int[Tensor, "samples length"], held_out: Int[Tensor, "judges length"], count: int
+) -> list[SampleShard]:
+    """Cut samples into shards; sizes differ by one at most."""
+    return [
+        SampleShard(index, train[index::count].clone(), held_out[index::count].clone())
+        for index in range(count)
+    ]
+
+
+def sample_positions(shards: Sequence[SampleShard], seed: int, epoch: int) -> list[dict[int, int]]:
+    """For every step of an epoch, by shard, which of its samples is taken."""
+    orders = {}
+    for shard in shards:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch * 1009 + shard.index)
+        orders[shard.index] = torch.randperm(len(shard.train), generator=generator).tolist()
+    num_steps = max(len(order) for order in orders.values())
+    return [
+        {index: order[step] for index, order in orders.items() if step < len(order)}
+        for step in range(num_steps)
+    ]

@@ -1,0 +1,201 @@
+"""The driver of block-wise training: which blocks, which steps, and what is kept."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from onecomp.errors import OneCompError, WorkerError
+from onecomp.executor import Executor, Ref
+from onecomp.post_process.blockwise.span import Rates
+from onecomp.post_process.blockwise.student_blocks import Patches
+from onecomp.post_process.blockwise.tuner import (
+    BlockTuner,
+    SampleShard,
+    TunerSettings,
+    sample_positions,
+)
+from onecomp.post_process.training import warmup_then_cosine
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = 4
+"""Evaluations of a span on held-out samples, that of its beginning not counted."""
+MOST_RESTARTS = 5
+"""Times that all workers are made again after one was lost without a span finished in between."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One way through the blocks."""
+
+    number: int
+    span: int
+    """Blocks that are trained together; each way goes on by one block."""
+    epochs: int
+    rates: Rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanReport:
+    """What became of a span."""
+
+    phase: int
+    first: int
+    before: float
+    """Held-out loss: squared error relative to the target's size."""
+    after: float
+    changed: int
+    """Codes or signs that changed."""
+    decisions: int
+    """Codes or signs that were trained."""
+    skipped: int
+    """Steps whose gradient was not finite."""
+
+    def __str__(self) -> str:
+        flips = f"  changed {self.changed / self.decisions:.2%}" if self.decisions else ""
+        return f"block {self.first:>3}  loss {self.before:.4e} -> {self.after:.4e}{flips}"
+
+
+@dataclass
+class Tuning:
+    """Trains the blocks of a checkpoint over the workers of an executor.
+
+    Args:
+        executor: Where the workers are.
+        settings: What they are made of.
+        shards: Samples; one of each shard in every step.
+        phases: Ways through the blocks, in order.
+        trainable: Numbers of the blocks with quantized layers.
+        num_blocks: Blocks of the model.
+        seed: Of the order of samples.
+    """
+
+    executor: Executor
+    settings: TunerSettings
+    shards: Sequence[SampleShard]
+    phases: Sequence[Phase]
+    trainable: Sequence[int]
+    num_blocks: int
+    seed: int = 0
+    reports: list[SpanReport] = field(default_factory=list)
+
+    @property
+    def patches(self) -> Patches:
+        """Where what was learned is."""
+        return self.settings.patches
+
+    def run(self) -> tuple[float, float]:
+        """Train, and judge the whole model.
+
+        Spans that are finished already are not trained again. After the loss of a worker all
+        are made again and go on with the first span that is not finished.
+
+        Returns:
+            Mean divergence from the original on held-out samples, before and after, in nats a
+            token.
+
+        Raises:
+            WorkerError: Workers were lost again and again at the same span.
+        """
+        failures, finished = 0, 0
+        while True:
+            try:
+                return self._attempt()
+            except WorkerError as error:
+                done = len(self.reports)
+                failures = 1 if done > finished else failures + 1
+                finished = done
+                if failures > MOST_RESTARTS or not self.executor.survives_losses:
+                    raise
+                logger.warning("%s; all workers begin again at the first unfinished span", error)
+
+    def _attempt(self) -> tuple[float, float]:
+        for phase in self.phases:
+            self._start()
+            for index in range(self.num_blocks):
+                span = range(index, index + phase.span)
+                if self.patches.has(phase.number, index) or not self._can_train(span):
+                    self._all("pass_by", index)
+                else:
+                    report = self._tune(phase, index)
+                    self.reports.append(report)
+                    logger.info("%s", report)
+        return self._judge_model()
+
+    def _can_train(self, span: range) -> bool:
+        return all(index in self.trainable for index in span)
+
+    def _start(self) -> None:
+        self.executor.start(BlockTuner, self.settings)
+        workers = self.executor.workers
+        calls = []
+        for place, worker in enumerate(workers):
+            mine = self.shards[place :: len(workers)]
+            if mine:
+                calls += self.executor.submit(worker, "hold", *mine)
+        self.executor.fetch(calls)
+
+    @property
+    def _busy(self) -> list[int]:
+        """Workers that hold shards."""
+        return self.executor.workers[: len(self.shards)]
+
+    def _all(self, method: str, *arguments: object) -> list:
+        refs = [self.executor.submit(worker, method, *arguments)[0] for worker in self._busy]
+        return self.executor.fetch(refs)
+
+    def _tune(self, phase: Phase, first: int) -> SpanReport:
+        self._all("open_span", first, phase.span, phase.rates)
+        owner = self._busy[0]
+        [vector] = self.executor.submit(owner, "parameters")
+        before = best = self._judge(vector)
+        kept = vector
+        schedule = warmup_then_cosine(0.0, 0.05)
+        interval = max(1, phase.epochs // EVALUATIONS)
+        steps = [sample_positions(self.shards, self.seed, epoch) for epoch in range(phase.epochs)]
+        num_steps, number = sum(map(len, steps)), 0
+        for epoch, positions in enumerate(steps, start=1):
+            for position in positions:
+                vector = self._step(owner, position, vector, schedule(number, num_steps))
+                number += 1
+            if epoch % interval == 0 or epoch == phase.epochs:
+                loss = self._judge(vector)
+                if loss < best:
+                    best, kept = loss, vector
+        tally = self.executor.submit(owner, "tally", kept)
+        [(changed, decisions, skipped)] = self.executor.fetch(tally)
+        self._close(kept, phase.number)
+        return SpanReport(
+            phase=phase.number, first=first, before=before, after=best,
+            changed=changed, decisions=decisions, skipped=skipped,
+        )  # fmt: skip
+
+    def _step(self, owner: int, position: dict[int, int], vector: Ref, lr_factor: float) -> Ref:
+        gradients = [
+            self.executor.submit(worker, "gradients", position, vector)[0] for worker in self._busy
+        ]
+        [updated] = self.executor.submit(owner, "update", lr_factor, *gradients)
+        return updated
+
+    def _judge(self, vector: Ref) -> float:
+        found = self._all("judge", vector)
+        by_shard = {shard: losses for part in found for shard, losses in part.items()}
+        losses = [loss for shard in sorted(by_shard) for loss in by_shard[shard]]
+        return math.fsum(losses) / len(losses)
+
+    def _close(self, vector: Ref, phase: int) -> None:
+        refs = [
+            self.executor.call(worker, "close_span", vector, phase, place == 0).values[0]
+            for place, worker in enumerate(self._busy)
+        ]
+        self.executor.fetch(refs)
+
+    def _judge_model(self) -> tuple[float, float]:
+        found = self._all("divergences")
+        by_shard = {shard: pairs for part in found for shard, pairs in part.items()}
+        pairs = [pair for shard in sorted(by_shard) for pair in by_shard[shard]]
+        before, after = (math.fsum(side) / len(pairs) for side in zip(*pairs, strict=True))
+        if not math.isfinite(before):
+            raise OneCompError(f"the divergence of the quantized model is {before} before training")
+        return before, after
