@@ -98,7 +98,16 @@ def load_quantized_model(
         model.config.quantization_config = settings["quantization_config"]
         if (path / GENERATION_CONFIG).exists():
             model.generation_config = GenerationConfig.from_pretrained(path)
+        let_peft_know_quantized_layers()
     return _dispatch(model.eval(), device_map), tokenizer
+
+
+def let_peft_know_quantized_layers() -> None:
+    """Let ``PeftModel.from_pretrained`` put LoRA adapters on the models that are made here."""
+    # PEFT takes half a second, and only who holds a whole model can use it.
+    from onecomp.post_process.lora.layers import register_with_peft  # noqa: PLC0415
+
+    register_with_peft()
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,8 @@ class Training:
             logger.warning("%s", progress.gave_up)
 
     def _held_out(self) -> float:
-        total, count = self.engine.total(self.task.held_out())
+        mine, num_mine = self.task.held_out()
+        total, count = self.engine.total([mine, float(num_mine)])
         return total / count
 
     def _evaluate(self) -> None:

@@ -1,0 +1,1 @@
+"""LoRA adapters on quantized models, by way of PEFT."""

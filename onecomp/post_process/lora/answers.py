@@ -1,0 +1,249 @@
+"""What the teacher says of samples of different lengths: asked when needed, or kept in files.
+
+Kept, each sample has a safetensors file of its own, which is read when a batch needs it; the
+teacher is held while the files are written, one sample at a time, and no longer.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from onecomp.errors import InputError
+from onecomp.export.checkpoint import write_shard
+from onecomp.models import ModelConfig
+from onecomp.models.skeleton import find_blocks
+from onecomp.post_process.distillation import TeacherDistribution, TopTokens, WholeDistribution
+from onecomp.post_process.lora.outputs import Outputs, outputs_of
+from onecomp.post_process.lora.tokens import Batch, TokenFile
+from onecomp.post_process.teacher import KEPT_TOKENS
+from onecomp.resources import free_disk
+
+logger = logging.getLogger(__name__)
+
+KL, MSE = "kl", "mse"
+ID_BYTES = 4
+"""Of the number of a kept token."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the teacher is asked about every sample."""
+
+    loss_type: str | None = None
+    """``KL`` or ``MSE``: which loss its logits are for; None where they are not wanted."""
+    blocks: tuple[int, ...] = ()
+    """Blocks whose hidden states are wanted."""
+
+    def __bool__(self) -> bool:
+        return self.loss_type is not None or bool(self.blocks)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How answers are kept."""
+
+    logits_dtype: torch.dtype = torch.float16
+    hidden_dtype: torch.dtype = torch.float16
+    temperature: float = 1.0
+    """At which probabilities of tokens are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the teacher says of a batch, in the order of its targets and tokens."""
+
+    distribution: TeacherDistribution | None = None
+    """Of the targets, as one sample."""
+    hidden: Mapping[int, Float[Tensor, "tokens hidden"]] = field(default_factory=dict)
+
+
+class Answers(ABC):
+    """Tells what the teacher says of samples."""
+
+    @abstractmethod
+    def of(self, numbers: Sequence[int], batch: Batch) -> Answer:
+        """Of a batch, on the batch's device.
+
+        Args:
+            numbers: The samples of the batch.
+            batch: Their tokens.
+        """
+
+
+class LiveAnswers(Answers):
+    """Holds the teacher and asks it.
+
+    Args:
+        model_config: The teacher; loaded whole.
+        question: What is asked.
+    """
+
+    def __init__(self, model_config: ModelConfig, question: Question):
+        self.device = model_config.get_device()
+        self.model = model_config.load_model(device_map="cpu").to(self.device)
+        self.model.requires_grad_(requires_grad=False)
+        self.blocks: nn.ModuleList = self.model.get_submodule(
+            find_blocks(self.model, model_config.source)
+        )
+        self.question = question
+
+    def of(self, numbers: Sequence[int], batch: Batch) -> Answer:
+        """Everything that is asked, from one forward pass."""
+        del numbers
+        home = batch.input_ids.device
+        said = self.outputs(batch)
+        whole = WholeDistribution(said.predictions.unsqueeze(0).to(home))
+        return Answer(
+            whole if self.question.loss_type else None,
+            {index: states.to(home) for index, states in said.hidden.items()},
+        )
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """The teacher's outputs, on its own device."""
+        with torch.no_grad():
+            return outputs_of(self.model, self.blocks, batch.to(self.device), self.question.blocks)
+
+
+class KeptAnswers(Answers):
+    """Reads each sample's answer from its file.
+
+    Args:
+        directory: Written by :func:`keep_answers`.
+        question: What was asked.
+    """
+
+    def __init__(self, directory: Path, question: Question):
+        self.directory, self.question = directory, question
+
+    def of(self, numbers: Sequence[int], batch: Batch) -> Answer:
+        """The samples' files, one behind the other."""
+        device = batch.input_ids.device
+        files = [load_file(self.directory / _file_name(number)) for number in numbers]
+        joined = {key: torch.cat([file[key] for file in files]).to(device) for key in files[0]}
+        hidden = {index: joined[_block_key(index)] for index in self.question.blocks}
+        if self.question.loss_type == KL:
+            ids, log_probs = joined["ids"].unsqueeze(0), joined["log_probs"].unsqueeze(0)
+            return Answer(TopTokens(ids, log_probs), hidden)
+        if self.question.loss_type == MSE:
+            return Answer(WholeDistribution(joined["logits"].unsqueeze(0)), hidden)
+        return Answer(None, hidden)
+
+
+class BothAnswers(Answers):
+    """Joins what is kept and what is asked again.
+
+    Args:
+        kept: Read from files.
+        live: Asked in every step.
+    """
+
+    def __init__(self, kept: KeptAnswers, live: LiveAnswers):
+        self.kept, self.live = kept, live
+
+    def of(self, numbers: Sequence[int], batch: Batch) -> Answer:
+        """Both parts."""
+        kept, live = self.kept.of(numbers, batch), self.live.of(numbers, batch)
+        return Answer(kept.distribution or live.distribution, {**kept.hidden, **live.hidden})
+
+
+def keep_answers(
+    model_config: ModelConfig, question: Question, kept: Kept, tokens: TokenFile, directory: Path
+) -> KeptAnswers:
+    """Ask the teacher about every sample and write what it says.
+
+    Args:
+        model_config: The teacher; held until this returns.
+        question: What is asked.
+        kept: How answers are kept.
+        tokens: All samples.
+        directory: Gets a file for each sample.
+    """
+    teacher = LiveAnswers(model_config, question)
+    written = 0
+    for number in range(len(tokens)):
+        said = teacher.outputs(tokens.batch([number]))
+        tensors = _kept_tensors(said, question, kept)
+        write_shard(directory, _file_name(number), tensors)
+        written += sum(tensor.nbytes for tensor in tensors.values())
+    logger.info(
+        "teacher: answers to %d samples kept, %.1f MB in %s", len(tokens), written / 1e6, directory
+    )
+    return KeptAnswers(directory, question)
+
+
+def _kept_tensors(said: Outputs, question: Question, kept: Kept) -> dict[str, Tensor]:
+    tensors = {
+        _block_key(index): states.to(kept.hidden_dtype) for index, states in said.hidden.items()
+    }
+    if question.loss_type == KL:
+        top = TopTokens.of(said.predictions.unsqueeze(0), KEPT_TOKENS, kept.temperature)
+        tensors |= {"ids": top.ids[0], "log_probs": top.log_probs[0].to(kept.logits_dtype)}
+    elif question.loss_type == MSE:
+        tensors["logits"] = said.predictions.to(kept.logits_dtype)
+    return tensors
+
+
+def kept_bytes(
+    question: Question, kept: Kept, lengths: Sequence[int], vocabulary: int, hidden_size: int
+) -> int:
+    """What the files of answers to samples take.
+
+    Args:
+        question: What is asked.
+        kept: How it is kept.
+        lengths: Tokens of each sample.
+        vocabulary: Tokens that logits are of.
+        hidden_size: Width of hidden states.
+    """
+    of_target = 0
+    if question.loss_type == KL:
+        of_target = min(KEPT_TOKENS, vocabulary) * (ID_BYTES + kept.logits_dtype.itemsize)
+    elif question.loss_type == MSE:
+        of_target = vocabulary * kept.logits_dtype.itemsize
+    of_token = len(question.blocks) * hidden_size * kept.hidden_dtype.itemsize
+    return sum((length - 1) * of_target + length * of_token for length in lengths)
+
+
+def require_room(process: str, num_bytes: int, directory: Path) -> None:
+    """Check that a disk has room for the teacher's answers.
+
+    Raises:
+        InputError: It has not.
+    """
+    free = free_disk(directory)
+    logger.info("teacher: its answers take %.1f MB, %.1f MB are free", num_bytes / 1e6, free / 1e6)
+    if num_bytes > free:
+        raise InputError(
+            process,
+            f"the teacher's answers would take {num_bytes / 1e9:.1f} GB, but {directory} has "
+            f"{free / 1e9:.1f} GB free. Set TMPDIR to a larger disk, use fewer samples or blocks, "
+            "or set cache_teacher_outputs and cache_intermediate_outputs to False.",
+        )
+
+
+def split_question(
+    question: Question, *, keeps_logits: bool, keeps_hidden: bool
+) -> tuple[Question, Question]:
+    """What is kept in files, and what is asked in every step."""
+    kept = Question(
+        question.loss_type if keeps_logits else None, question.blocks if keeps_hidden else ()
+    )
+    live = Question(
+        None if keeps_logits else question.loss_type, () if keeps_hidden else question.blocks
+    )
+    return kept, live
+
+
+def _file_name(number: int) -> str:
+    return f"{number:06d}.safetensors"
+
+
+def _block_key(index: int) -> str:
+    return f"block.{index}"

@@ -1,0 +1,118 @@
+"""The quantized model while its adapters are trained."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from onecomp.models import ModelConfig
+from onecomp.models.skeleton import find_blocks
+from onecomp.post_process.lora.adapter import adapter_parameters
+from onecomp.post_process.lora.layers import set_dropout
+from onecomp.post_process.lora.outputs import Outputs, outputs_of
+from onecomp.post_process.lora.tokens import Batch
+from onecomp.post_process.student import wide_parameters
+from onecomp.quantizer.quant_linear import QuantLinear, dense_layers
+from onecomp.resources import free_host_memory
+
+logger = logging.getLogger(__name__)
+
+DENSE_SHARE = 0.5
+"""Of the free memory, what dequantized weights may take; activations need the other half."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedModel:
+    """A quantized model whose adapters are trained."""
+
+    model: PreTrainedModel
+    blocks: nn.ModuleList
+    uses_bf16: bool
+    """Compute in bfloat16 where torch's autocast does; adapters stay float32."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
+
+    def outputs(self, batch: Batch, indices: tuple[int, ...]) -> Outputs:
+        """What the model says of a batch; hidden states of the blocks in ``indices``."""
+        device = self.device.type
+        with torch.autocast(device, torch.bfloat16) if self.uses_bf16 else nullcontext():
+            return outputs_of(self.model, self.blocks, batch, indices)
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """Without gradients and dropout inside the context."""
+        set_dropout(self.model, active=False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            set_dropout(self.model, active=True)
+
+
+@contextmanager
+def adapted_model(
+    model: PreTrainedModel, model_config: ModelConfig, *, uses_bf16: bool, seed: int
+) -> Iterator[AdaptedModel]:
+    """Make a model with adapters ready for training, on the device of ``model_config``.
+
+    Afterwards it is on the CPU and in evaluation mode again. What is frozen does not change, so
+    that its weights are dequantized once for all steps where memory has room for them; otherwise
+    in every forward pass.
+
+    Args:
+        model: On the CPU, with adapters.
+        model_config: Where to compute.
+        uses_bf16: Compute in bfloat16.
+        seed: Of dropout; torch's own random state is as it was afterwards.
+    """
+    model.eval().requires_grad_(requires_grad=False)
+    for parameter in adapter_parameters(model).values():
+        parameter.requires_grad = True
+    device = model_config.get_device()
+    blocks = model.get_submodule(find_blocks(model, model_config.source))
+    with ExitStack() as stack:
+        stack.callback(model.to, "cpu")
+        stack.callback(set_dropout, model, active=False)
+        model.to(device)
+        dtype = torch.bfloat16 if uses_bf16 else training_dtype(model.dtype)
+        if dense_weights_fit(model, dtype, device):
+            stack.enter_context(dense_layers(model, dtype))
+        stack.enter_context(wide_parameters(model))
+        devices = [device] if device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        torch.manual_seed(seed)
+        set_dropout(model, active=True)
+        yield AdaptedModel(model, blocks, uses_bf16)
+
+
+def training_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of activations in training: float16 has too little range for gradients."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def dense_weights_fit(model: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the dequantized weights of all quantized layers fit the memory that is free."""
+    needed = dtype.itemsize * sum(
+        layer.in_features * layer.out_features
+        for layer in model.modules()
+        if isinstance(layer, QuantLinear)
+    )
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+    fits = needed <= DENSE_SHARE * free
+    logger.info(
+        "frozen weights are dequantized %s (%.2f GB, %.2f GB free)",
+        "once" if fits else "in every pass", needed / 1e9, free / 1e9,
+    )  # fmt: skip
+    return fits
+
+
+def prefers_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 faster than in float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
