@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_shard
 from onecomp.models import ModelConfig
-from onecomp.models.skeleton import find_blocks
 from onecomp.post_process.distillation import TeacherDistribution, TopTokens, WholeDistribution
-from onecomp.post_process.lora.outputs import Outputs, outputs_of
+from onecomp.post_process.lora.outputs import Outputs, blocks_of, outputs_of
 from onecomp.post_process.lora.tokens import Batch, TokenFile
 from onecomp.post_process.teacher import KEPT_TOKENS
 from onecomp.resources import free_disk
@@ -89,9 +88,7 @@ class LiveAnswers(Answers):
         self.device = model_config.get_device()
         self.model = model_config.load_model(device_map="cpu").to(self.device)
         self.model.requires_grad_(requires_grad=False)
-        self.blocks: nn.ModuleList = self.model.get_submodule(
-            find_blocks(self.model, model_config.source)
-        )
+        self.blocks = blocks_of(self.model, model_config)
         self.question = question
 
     def of(self, numbers: Sequence[int], batch: Batch) -> Answer:

@@ -8,6 +8,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from onecomp.models import ModelConfig, Skeleton
 from onecomp.post_process.lora.tokens import Batch
 
 
@@ -19,6 +20,18 @@ class Outputs:
     """Logits that predict the batch's targets."""
     hidden: dict[int, Float[Tensor, "tokens hidden"]]
     """By number of the block that they come out of."""
+
+
+def blocks_of(model: nn.Module, model_config: ModelConfig) -> nn.ModuleList:
+    """The decoder blocks of a model, quantized or not.
+
+    Args:
+        model: The model.
+        model_config: The original one, which says where blocks are: structure is not seen in
+            quantized layers.
+    """
+    skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
+    return model.get_submodule(skeleton.blocks_name)
 
 
 def outputs_of(

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from onecomp.errors import ConfigError
 from onecomp.models import ModelConfig
 from onecomp.models.config import DTYPES
-from onecomp.models.skeleton import find_blocks
 from onecomp.post_process.base import PostQuantizationProcess, record, require_trainable
 from onecomp.post_process.global_ptq import outcome_of
 from onecomp.post_process.lora.adapter import (
@@ -24,6 +23,7 @@ from onecomp.post_process.lora.adapter import (
 )
 from onecomp.post_process.lora.answers import KL, Kept, Question
 from onecomp.post_process.lora.losses import LoraLoss
+from onecomp.post_process.lora.outputs import blocks_of
 from onecomp.post_process.lora.settings import problems_of
 from onecomp.post_process.lora.student import adapted_model, prefers_bf16
 from onecomp.post_process.lora.teaching import Teaching, teacher_config
@@ -227,7 +227,7 @@ class PostProcessLoraSFT(PostQuantizationProcess):
     def _teaching(self, model: PreTrainedModel, model_config: ModelConfig) -> Teaching:
         blocks: tuple[int, ...] = ()
         if self.intermediate_block_loss_weight:
-            found = model.get_submodule(find_blocks(model, model_config.source))
+            found = blocks_of(model, model_config)
             blocks = self.intermediate_block_indices or tuple(range(len(found)))
         teaching = Teaching(
             process=str(self.name),

@@ -10,10 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onecomp.models import ModelConfig
-from onecomp.models.skeleton import find_blocks
 from onecomp.post_process.lora.adapter import adapter_parameters
 from onecomp.post_process.lora.layers import set_dropout
-from onecomp.post_process.lora.outputs import Outputs, outputs_of
+from onecomp.post_process.lora.outputs import Outputs, blocks_of, outputs_of
 from onecomp.post_process.lora.tokens import Batch
 from onecomp.post_process.student import wide_parameters
 from onecomp.quantizer.quant_linear import QuantLinear, dense_layers
@@ -76,7 +75,7 @@ def adapted_model(
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad = True
     device = model_config.get_device()
-    blocks = model.get_submodule(find_blocks(model, model_config.source))
+    blocks = blocks_of(model, model_config)
     with ExitStack() as stack:
         stack.callback(model.to, "cpu")
         stack.callback(set_dropout, model, active=False)

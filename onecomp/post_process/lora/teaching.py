@@ -9,7 +9,6 @@ from transformers import PretrainedConfig
 
 from onecomp.errors import ConfigError
 from onecomp.models import ModelConfig
-from onecomp.models.skeleton import find_blocks
 from onecomp.post_process.lora.answers import (
     Answers,
     BothAnswers,
@@ -21,6 +20,7 @@ from onecomp.post_process.lora.answers import (
     require_room,
     split_question,
 )
+from onecomp.post_process.lora.outputs import blocks_of
 from onecomp.post_process.lora.tokens import TokenFile
 
 
@@ -52,7 +52,7 @@ class Teaching:
                 f"{student.vocab_size}. Use a teacher with the same tokenizer."
             )
         if self.question.blocks:
-            num_blocks = len(model.get_submodule(find_blocks(model, model_config.source)))
+            num_blocks = len(blocks_of(model, model_config))
             problems += _block_problems(self.question.blocks, num_blocks, student, teacher)
         if problems:
             raise ConfigError(self.process, problems)

@@ -150,6 +150,7 @@ def read_rows(source: TextSource, cache_dir: Path) -> Rows:
         OSError,
         HTTPError,
         ValueError,
+        StopIteration,  # of a JSON file that holds nothing but blanks
         datasets.exceptions.DatasetsError,
     ) as error:
         if isinstance(error, InputError):
@@ -195,6 +196,8 @@ def _files(source: TextSource) -> list[str]:
             raise InputError(name, "there is no such file. Check data_files.")
         if directories := [path for path in found if Path(path).is_dir()]:
             raise InputError(directories[0], "is a directory. Name the files in data_files.")
+        if empty := [path for path in found if "://" not in path and not Path(path).stat().st_size]:
+            raise InputError(empty[0], "the file is empty. Give text to train on.")
         files += found
     return files
 
