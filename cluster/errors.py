@@ -25,3 +25,7 @@ class ActorLostError(ClusterError):
 
     def __str__(self) -> str:
         return f"actor {self.actor} was lost during {self.call}: {self.reason}"
+
+
+class GangFailedError(ClusterError):
+    """The workers of a gang were lost too often, or the function that they ran failed."""

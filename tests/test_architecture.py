@@ -22,6 +22,7 @@ DOORS = {
     ("onecomp/executor.py", "default_executor"),
     ("onecomp/commands.py", None),
     ("onecomp/cli.py", "submit"),
+    ("onecomp/post_process/gang.py", "default_gang"),
 }
 """File and function (None: any) that may import `cluster` and `actors`, at call time only."""
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}

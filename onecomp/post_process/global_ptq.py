@@ -1,6 +1,7 @@
 """Training the scales of the whole quantized model at once against the original model."""
 
 import logging
+import math
 import time
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -188,9 +189,15 @@ def distillation_task(
         return training_loss(student.logits(batch), batch, told, weights)
 
     def held_out() -> tuple[float, int]:
-        mine = share(len(samples.held_out), engine)
+        count, total = len(samples.held_out), 0.0
+        mine = share(count, engine)
         with torch.no_grad():
-            return sum(float(loss([num_train + number])) for number in mine), len(mine)
+            for turn in range(math.ceil(count / engine.world_size)):
+                # All ranks compute in step; those without a sample of their own repeat the last.
+                number = mine[turn] if turn < len(mine) else count - 1
+                value = float(loss([num_train + number]))
+                total += value if turn < len(mine) else 0.0
+        return total, len(mine)
 
     return Task(loss=loss, held_out=held_out)
 

@@ -95,14 +95,20 @@ class QuantizedBlocks:
         fill(block, prefix, skeleton, device)
         learned = self.patches.of_block(index, prefix)
         for name in names:
-            state = self._state(name) | _within(learned, name)
-            layer = load_layer(state, self.formats[name], name, self.directory)
+            layer = self.load_layer(name, _within(learned, name))
             block.set_submodule(name.removeprefix(prefix + "."), layer.to(device))
         return block.eval().requires_grad_(requires_grad=False)
 
-    def _state(self, name: str) -> dict[str, Tensor]:
+    def load_layer(self, name: str, learned: Mapping[str, Tensor] | None = None) -> QuantLinear:
+        """One quantized layer by its full name, wherever in the model it is.
+
+        Args:
+            name: Full name.
+            learned: Replaces the checkpoint's tensors, by their names inside the layer.
+        """
         files = self.skeleton.source.tensor_files
-        return _within(self.skeleton.source.read(_below(files, name)), name)
+        state = _within(self.skeleton.source.read(_below(files, name)), name) | (learned or {})
+        return load_layer(state, self.formats[name], name, self.directory)
 
 
 def _below(names: Iterable[str], layer: str) -> list[str]:

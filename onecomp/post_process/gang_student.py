@@ -1,0 +1,125 @@
+"""The student of a gang: read from its checkpoint block by block, each sharded before the next."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from onecomp.models import ModelConfig, Skeleton
+from onecomp.models.skeleton import fill_outside
+from onecomp.post_process.blockwise.student_blocks import Patches, QuantizedBlocks
+from onecomp.post_process.checkpointing import checkpointed_blocks
+from onecomp.quantizer.quant_linear import QuantLinear
+from onecomp.quantizer.trainable import TrainableLinear, Trained
+
+Partition = Callable[[nn.Module], None]
+"""Leaves a rank its part of a module's parameters."""
+NOTHING_LEARNED = "none"
+
+
+@dataclass(frozen=True, eq=False)
+class ShardedModel:
+    """A model of which this rank holds its part."""
+
+    model: nn.Module
+    layers: Mapping[str, TrainableLinear]
+    """By full name."""
+    blocks: nn.ModuleList
+
+    @contextmanager
+    def checkpointed(self, *, enabled: bool) -> Iterator[None]:
+        """Gradient checkpointing of every block inside the context."""
+        with checkpointed_blocks(self.blocks) if enabled else nullcontext():
+            yield
+
+
+def quantized_blocks(checkpoint: Path, model_config: ModelConfig) -> QuantizedBlocks:
+    """The blocks of a checkpoint, to be read one by one."""
+    skeleton = Skeleton.build(model_config.source, model_config.training_dtype)
+    return QuantizedBlocks(checkpoint, skeleton, Patches(checkpoint / NOTHING_LEARNED))
+
+
+def trained_parts(blocks: QuantizedBlocks) -> Trained:
+    """What is trained of a checkpoint's layers; kernels for symmetric grids ignore zero points."""
+    return Trained(zero_points=not blocks.config.get("sym", True))
+
+
+def load_student(
+    checkpoint: Path, model_config: ModelConfig, device: torch.device, partition: Partition
+) -> ShardedModel:
+    """Read a quantized model, its layers trainable; no more than a block is held unsharded.
+
+    Args:
+        checkpoint: Its directory.
+        model_config: The original model.
+        device: Where it goes.
+        partition: Called for each part as soon as it is complete.
+    """
+    blocks = quantized_blocks(checkpoint, model_config)
+    skeleton, trained = blocks.skeleton, trained_parts(blocks)
+    for name, layer in outer_layers(blocks):
+        skeleton.model.set_submodule(name, layer.to(device))
+    fill_outside(skeleton, device)
+    skeleton.model.tie_weights()
+    layers: dict[str, TrainableLinear] = {}
+    for index in range(len(skeleton.blocks)):
+        block = blocks.load(index, device)
+        layers |= _made_trainable(block, skeleton.block_name(index) + ".", trained)
+        partition(block)
+        skeleton.blocks[index] = block
+    layers |= _made_trainable(skeleton.model, "", trained)
+    partition(skeleton.model)
+    return ShardedModel(skeleton.model, layers, skeleton.blocks)
+
+
+def outer_layers(blocks: QuantizedBlocks) -> Iterator[tuple[str, QuantLinear]]:
+    """Quantized layers outside the blocks, such as an output head, by full name."""
+    inside = blocks.skeleton.blocks_name + "."
+    for name in blocks.formats:
+        if not name.startswith(inside):
+            yield name, blocks.load_layer(name)
+
+
+def _made_trainable(module: nn.Module, prefix: str, trained: Trained) -> dict[str, TrainableLinear]:
+    quantized = {n: m for n, m in module.named_modules() if isinstance(m, QuantLinear)}
+    layers = {}
+    for name, layer in quantized.items():
+        layers[prefix + name] = learning = layer.trainable(trained)
+        _codes_as_parameters(learning)
+        module.set_submodule(name, learning)
+    return layers
+
+
+def _codes_as_parameters(layer: TrainableLinear) -> None:
+    """Make matrices of codes or signs parameters, which ZeRO shards, other than buffers."""
+    for name, codes in list(layer.named_buffers(recurse=False)):
+        if codes.dim() > 1:
+            delattr(layer, name)
+            layer.register_parameter(name, nn.Parameter(codes, requires_grad=False))
+
+
+def load_original(
+    model_config: ModelConfig, device: torch.device, partition: Partition
+) -> ShardedModel:
+    """Read the original model in the same way."""
+    skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
+    fill_outside(skeleton, device)
+    skeleton.model.tie_weights()
+    for index in range(len(skeleton.blocks)):
+        block = skeleton.load_block(index, device)
+        partition(block)
+        skeleton.blocks[index] = block
+    partition(skeleton.model)
+    return ShardedModel(skeleton.model, {}, skeleton.blocks)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers that this rank holds at the moment."""
+    tensors = [*module.parameters(), *module.buffers()]
+    # DeepSpeed marks the parameters that it has partitioned with attributes of this name.
+    tensors += [p.ds_tensor for p in module.parameters() if "ds_tensor" in vars(p)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -1,0 +1,117 @@
+"""What each worker of a gang does: its part of a training; imported by workers only.
+
+Importing DeepSpeed takes seconds, so that nothing else imports this module.
+"""
+
+import logging
+import os
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import distributed
+
+from onecomp.errors import InputError
+from onecomp.export.checkpoint import write_json, write_shard
+from onecomp.models import ModelConfig
+from onecomp.post_process.compilers import require_compiler
+from onecomp.post_process.deepspeed_engine import DeepSpeedEngine, partition
+from onecomp.post_process.gang import GangMember
+from onecomp.post_process.gang_checkpoints import GangCheckpoints, resume
+from onecomp.post_process.gang_job import PROGRESS_FILE, TRAINED_FILE, GangJob, read_samples
+from onecomp.post_process.gang_student import held_bytes, load_student
+from onecomp.post_process.gang_teacher import gang_teacher
+from onecomp.post_process.global_ptq import distillation_task
+from onecomp.post_process.student import Student
+from onecomp.post_process.training import Progress, Training
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def train(job: GangJob, member: GangMember) -> dict[str, Any]:
+    """Train a checkpoint together with the other ranks; the result lies in the job's directory.
+
+    Returns:
+        Where training ended, and the most bytes of weights that a rank held, as plain JSON values.
+
+    Raises:
+        InputError: This node does not see the job's directory, or lacks a compiler.
+    """
+    if not job.checkpoint.is_dir():
+        raise InputError(
+            job.checkpoint,
+            f"does not exist on node {socket.gethostname()}. Set output_dir to a directory that "
+            "every node sees.",
+        )
+    device = _device(job.model_config)
+    if device.type == "cpu":
+        require_compiler()
+    _quiet()
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    _forget_shared_buffer()
+    return _train(job, member, device)
+
+
+def _device(model_config: ModelConfig) -> torch.device:
+    """This rank's own GPU, whichever the user named, or the CPU."""
+    device = model_config.get_device()
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+def _train(job: GangJob, member: GangMember, device: torch.device) -> dict[str, Any]:
+    samples = read_samples(job.directory)
+    teacher = gang_teacher(job, samples.all, device)
+    sharded = load_student(
+        job.checkpoint, job.model_config, device, lambda module: partition(module, job.engine)
+    )
+    held = held_bytes(sharded.model)
+    with sharded.checkpointed(enabled=job.gradient_checkpointing):
+        student = Student(sharded.model, sharded.layers, job.uses_bf16)
+        num_steps = job.course.epochs * job.course.steps_per_epoch(member.world_size)
+        groups = student.groups(float(job.lr_of_codes), float(job.lr_of_signs), num_steps)
+        engine = DeepSpeedEngine(sharded.model, groups, student.parameters(), job.engine)
+        student = Student(engine.model, sharded.layers, job.uses_bf16)
+        task = distillation_task(student, samples, teacher, job.weights, engine)
+        training = Training(engine, job.course, task, GangCheckpoints(job, member, engine))
+        resume(training, engine, member)
+        progress = training.run()
+    return _leave_result(job, engine, progress, _most(held, device))
+
+
+def _leave_result(
+    job: GangJob, engine: DeepSpeedEngine, progress: Progress, held: int
+) -> dict[str, Any]:
+    state = engine.state()
+    result = {**asdict(progress), "held_bytes": held, "num_workers": engine.world_size}
+    if engine.rank == 0:
+        write_shard(job.directory, TRAINED_FILE, state)
+        write_json(job.directory / PROGRESS_FILE, result)
+    distributed.barrier()
+    return result
+
+
+def _most(number: int, device: torch.device) -> int:
+    most = torch.tensor(number, device=device)
+    distributed.all_reduce(most, distributed.ReduceOp.MAX)
+    return int(most)
+
+
+def _quiet() -> None:
+    """DeepSpeed and torch tell of every call; the loop says what a user wants to know."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _forget_shared_buffer() -> None:
+    """Unlink the shared memory of DeepSpeed's reductions, 66 MiB a rank, which it leaves behind.
+
+    Once all ranks have mapped it, nobody needs its name; a rank that is killed leaves nothing then.
+    """
+    distributed.barrier()
+    place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    name = f"deepspeed_allreduce_buffer_{place}_{distributed.get_rank()}"
+    (SHARED_MEMORY / name).unlink(missing_ok=True)
