@@ -108,3 +108,21 @@ class LocalEngine(Engine):
         with torch.no_grad():
             for name, parameter in self._names.items():
                 parameter.copy_(state[name])
+
+    def moments(self) -> dict[str, Tensor]:
+        """What AdamW keeps of each parameter, on the CPU; empty before the first step."""
+        state = self._optimizer.state
+        return {
+            f"{name}/{key}": value.detach().to("cpu", copy=True)
+            for name, parameter in self._names.items()
+            if parameter in state
+            for key, value in state[parameter].items()
+        }
+
+    def restore_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Go on with earlier ``moments()``."""
+        for place, value in moments.items():
+            name, _, key = place.rpartition("/")
+            parameter = self._names[name]
+            device = "cpu" if key == "step" else parameter.device
+            self._optimizer.state[parameter][key] = value.to(device, copy=True)

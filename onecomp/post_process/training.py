@@ -275,18 +275,6 @@ def warmup_then_cosine(warmup_ratio: float, min_lr_ratio: float) -> Callable[[in
     return factor
 
 
-def warmup_then_linear(warmup_ratio: float) -> Callable[[int, int], float]:
-    """Factor that rises linearly and falls linearly; no step has factor 0."""
-
-    def factor(step: int, num_steps: int) -> float:
-        warmup = math.floor(warmup_ratio * num_steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return (num_steps - step) / max(1, num_steps - warmup)
-
-    return factor
-
-
 def share(count: int, engine: Engine) -> Sequence[int]:
     """Which of ``count`` things a rank works on."""
     return range(engine.rank, count, engine.world_size)

@@ -151,9 +151,14 @@ class BothAnswers(Answers):
 
 
 def keep_answers(
-    model_config: ModelConfig, question: Question, kept: Kept, tokens: TokenFile, directory: Path
+    model_config: ModelConfig,
+    question: Question,
+    kept: Kept,
+    tokens: TokenFile,
+    directory: Path,
+    samples: Sequence[int] | None = None,
 ) -> KeptAnswers:
-    """Ask the teacher about every sample and write what it says.
+    """Ask the teacher about samples and write what it says; files that are there are kept.
 
     Args:
         model_config: The teacher; held until this returns.
@@ -161,16 +166,21 @@ def keep_answers(
         kept: How answers are kept.
         tokens: All samples.
         directory: Gets a file for each sample.
+        samples: Numbers of the samples to ask about; None for all.
     """
+    wanted = range(len(tokens)) if samples is None else samples
+    missing = [number for number in wanted if not (directory / _file_name(number)).exists()]
+    if not missing:
+        return KeptAnswers(directory, question)
     teacher = LiveAnswers(model_config, question)
     written = 0
-    for number in range(len(tokens)):
+    for number in missing:
         said = teacher.outputs(tokens.batch([number]))
         tensors = _kept_tensors(said, question, kept)
         write_shard(directory, _file_name(number), tensors)
         written += sum(tensor.nbytes for tensor in tensors.values())
     logger.info(
-        "teacher: answers to %d samples kept, %.1f MB in %s", len(tokens), written / 1e6, directory
+        "teacher: answers to %d samples kept, %.1f MB in %s", len(missing), written / 1e6, directory
     )
     return KeptAnswers(directory, question)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def blocks_of(model: nn.Module, model_config: ModelConfig) -> nn.ModuleList:
             quantized layers.
     """
     skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
-    return model.get_submodule(skeleton.blocks_name)
+    blocks: Any = model.get_submodule(skeleton.blocks_name)
+    return blocks
 
 
 def outputs_of(

@@ -12,6 +12,7 @@ from onecomp.errors import ConfigError
 from onecomp.models import ModelConfig
 from onecomp.models.config import DTYPES
 from onecomp.post_process.base import PostQuantizationProcess, record, require_trainable
+from onecomp.post_process.gang import GangRequest
 from onecomp.post_process.global_ptq import outcome_of
 from onecomp.post_process.lora.adapter import (
     adapter_parameters,
@@ -22,21 +23,17 @@ from onecomp.post_process.lora.adapter import (
     targeted_layers,
 )
 from onecomp.post_process.lora.answers import KL, Kept, Question
+from onecomp.post_process.lora.gang import train_together
 from onecomp.post_process.lora.losses import LoraLoss
 from onecomp.post_process.lora.outputs import blocks_of
 from onecomp.post_process.lora.settings import problems_of
-from onecomp.post_process.lora.student import adapted_model, prefers_bf16
 from onecomp.post_process.lora.teaching import Teaching, teacher_config
 from onecomp.post_process.lora.text import TextSource, samples_of
 from onecomp.post_process.lora.tokens import TokenFile, write_tokens
-from onecomp.post_process.lora.train import (
-    Material,
-    local_engine,
-    split_samples,
-    train_adapter,
-)
+from onecomp.post_process.lora.train import TOKEN_FILE, LoraJob, split_samples, train_adapter
 from onecomp.post_process.samples import HELD_OUT_RATIO
-from onecomp.post_process.training import Course, Progress, warmup_then_linear
+from onecomp.post_process.schedules import Schedule
+from onecomp.post_process.training import Course, Progress
 from onecomp.quantizer.quant_linear import QuantLinear
 from onecomp.storage import TemporaryPath
 
@@ -155,44 +152,42 @@ class PostProcessLoraSFT(PostQuantizationProcess):
         teaching = self._teaching(quantized_model, model_config)
         files = TemporaryPath("onecomp-lora-")
         tokens = self._tokens(model_config, files.path)
-        course = self._course(len(tokens))
-        started = time.monotonic()
-        material = Material(
-            tokens=tokens,
-            num_train=course.num_samples,
+        teaching.check_room(tokens, files.path)
+        job = LoraJob(
+            directory=files.path,
+            model_config=model_config,
+            targets=tuple(targets),
+            config=self._lora_config(target_names(quantized_model, targets)),
+            teaching=teaching,
             loss=self._loss,
-            blocks=teaching.question.blocks,
-            answers=teaching.answers(tokens, files.path / "teacher"),
+            course=self._course(len(tokens)),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            uses_bf16=self.use_bf16,
+            seed=self.shuffle_seed,
         )
-        with adapters_on_trial(
-            quantized_model, targets, self._lora_config(quantized_model, targets), self.shuffle_seed
-        ) as trial:
-            progress = self._train(quantized_model, model_config, material, course)
+        started = time.monotonic()
+        with adapters_on_trial(quantized_model, targets, job.config, job.seed) as trial:
+            progress = self._train(job, quantized_model)
             if progress.improved:
                 self._save(quantized_model)
                 trial.keep()
         self._record(quantized_model, progress, time.monotonic() - started)
 
-    def _train(
-        self,
-        model: PreTrainedModel,
-        model_config: ModelConfig,
-        material: Material,
-        course: Course,
-    ) -> Progress:
-        uses_bf16 = self.use_bf16
-        if uses_bf16 is None:
-            uses_bf16 = prefers_bf16(model_config.get_device())
-        with adapted_model(
-            model, model_config, uses_bf16=uses_bf16, seed=self.shuffle_seed
-        ) as student:
-            engine = local_engine(
-                student,
-                lr=self.lr,
-                weight_decay=self.weight_decay,
-                max_grad_norm=self.max_grad_norm,
-            )
-            return train_adapter(student, material, course, engine)
+    def _train(self, job: LoraJob, model: PreTrainedModel) -> Progress:
+        if self._world_size == 1:
+            return train_adapter(job, model)
+        device = job.model_config.device
+        uses_gpus = device == "auto" or device.startswith("cuda")
+        request = GangRequest(num_workers=self._world_size, uses_gpus=uses_gpus)
+        return train_together(
+            job, model, request, None if self.output_dir is None else Path(self.output_dir)
+        )
+
+    @property
+    def _world_size(self) -> int:
+        return self.num_workers or 1
 
     def _save(self, model: PreTrainedModel) -> None:
         if self.output_dir is not None:
@@ -215,12 +210,12 @@ class PostProcessLoraSFT(PostQuantizationProcess):
         require_no_adapters(str(self.name), model)
         return targeted_layers(str(self.name), layers, self.target_modules)
 
-    def _lora_config(self, model: PreTrainedModel, targets: dict[str, QuantLinear]) -> LoraConfig:
+    def _lora_config(self, names: list[str]) -> LoraConfig:
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=target_names(model, targets),
+            target_modules=names,
             task_type="CAUSAL_LM",
         )
 
@@ -262,7 +257,7 @@ class PostProcessLoraSFT(PostQuantizationProcess):
             seed=self.shuffle_seed,
         )
         samples = samples_of(source, model_config.load_tokenizer(), directory / "datasets")
-        return write_tokens(directory / "tokens.arrow", samples)
+        return write_tokens(directory / TOKEN_FILE, samples)
 
     def _course(self, num_samples: int) -> Course:
         course = Course(
@@ -270,11 +265,11 @@ class PostProcessLoraSFT(PostQuantizationProcess):
             epochs=self.epochs,
             batch_size=self.batch_size,
             accumulation=self.gradient_accumulation_steps,
-            schedule=warmup_then_linear(self.warmup_ratio),
+            schedule=Schedule("linear", self.warmup_ratio),
             seed=self.shuffle_seed,
             logging_steps=self.logging_steps,
         )
-        course.steps_per_epoch(world_size=1)  # too few samples are found before any work
+        course.steps_per_epoch(self._world_size)  # too few samples are found before any work
         return course
 
     @property

@@ -57,7 +57,7 @@ class AdaptedModel:
 
 @contextmanager
 def adapted_model(
-    model: PreTrainedModel, model_config: ModelConfig, *, uses_bf16: bool, seed: int
+    model: PreTrainedModel, model_config: ModelConfig, *, uses_bf16: bool | None, seed: int
 ) -> Iterator[AdaptedModel]:
     """Make a model with adapters ready for training, on the device of ``model_config``.
 
@@ -68,13 +68,14 @@ def adapted_model(
     Args:
         model: On the CPU, with adapters.
         model_config: Where to compute.
-        uses_bf16: Compute in bfloat16.
+        uses_bf16: Compute in bfloat16; None for where the device is fast at it.
         seed: Of dropout; torch's own random state is as it was afterwards.
     """
     model.eval().requires_grad_(requires_grad=False)
     for parameter in adapter_parameters(model).values():
         parameter.requires_grad = True
     device = model_config.get_device()
+    uses_bf16 = prefers_bf16(device) if uses_bf16 is None else uses_bf16
     blocks = blocks_of(model, model_config)
     with ExitStack() as stack:
         stack.callback(model.to, "cpu")

@@ -57,26 +57,40 @@ class Teaching:
         if problems:
             raise ConfigError(self.process, problems)
 
-    def answers(self, tokens: TokenFile, directory: Path) -> Answers | None:
+    def check_room(self, tokens: TokenFile, directory: Path) -> None:
+        """Check that what is kept fits the disk.
+
+        Raises:
+            InputError: It does not.
+        """
+        kept, _ = self._parts()
+        if kept:
+            config = text_config(self.teacher.load_config())
+            sizes = (config.vocab_size, config.hidden_size)
+            require_room(
+                self.process, kept_bytes(kept, self.kept, tokens.lengths, *sizes), directory
+            )
+
+    def answers(
+        self, tokens: TokenFile, directory: Path, samples: Sequence[int] | None = None
+    ) -> Answers | None:
         """The teacher's answers in the form that is wanted; None where nothing is asked.
 
         Args:
             tokens: All samples.
             directory: For what is kept.
-
-        Raises:
-            InputError: What is kept does not fit the disk.
+            samples: Numbers of the samples whose answers are written here; None for all.
         """
-        kept, live = split_question(
-            self.question, keeps_logits=self.keeps_logits, keeps_hidden=self.keeps_hidden
-        )
+        kept, live = self._parts()
         if not kept:
             return LiveAnswers(self.teacher, live) if live else None
-        config = text_config(self.teacher.load_config())
-        needed = kept_bytes(kept, self.kept, tokens.lengths, config.vocab_size, config.hidden_size)
-        require_room(self.process, needed, directory)
-        read = keep_answers(self.teacher, kept, self.kept, tokens, directory)
+        read = keep_answers(self.teacher, kept, self.kept, tokens, directory, samples)
         return BothAnswers(read, LiveAnswers(self.teacher, live)) if live else read
+
+    def _parts(self) -> tuple[Question, Question]:
+        return split_question(
+            self.question, keeps_logits=self.keeps_logits, keeps_hidden=self.keeps_hidden
+        )
 
 
 def _block_problems(

@@ -2,31 +2,64 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+from peft import LoraConfig
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from onecomp.errors import ConfigError
+from onecomp.models import ModelConfig
 from onecomp.post_process.engine import Engine, LocalEngine, ParameterGroup
 from onecomp.post_process.lora.adapter import adapter_parameters
 from onecomp.post_process.lora.answers import Answer, Answers
 from onecomp.post_process.lora.losses import LoraLoss
-from onecomp.post_process.lora.student import AdaptedModel
+from onecomp.post_process.lora.student import AdaptedModel, adapted_model
+from onecomp.post_process.lora.teaching import Teaching
 from onecomp.post_process.lora.tokens import TokenFile
 from onecomp.post_process.training import Course, Progress, Samples, Task, Training, share
 
+TOKEN_FILE = "tokens.arrow"
+TEACHER_FOLDER = "teacher"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Material:
-    """What adapters learn from."""
+class LoraJob:
+    """A training of adapters, apart from the model; the same for all workers."""
 
-    tokens: TokenFile
-    """Training samples, and behind them the held-out ones."""
-    num_train: int
+    directory: Path
+    """Holds the samples, and what is kept of the teacher's answers."""
+    model_config: ModelConfig
+    """The original model, and the device to compute on."""
+    targets: tuple[str, ...]
+    """Full names of the layers that get an adapter."""
+    config: LoraConfig
+    """PEFT's settings, which name the same layers."""
+    teaching: Teaching
     loss: LoraLoss
-    blocks: tuple[int, ...]
-    """Blocks whose hidden states the loss compares."""
-    answers: Answers | None
-    """The teacher's; None where the loss does not ask it."""
+    course: Course
+    """Its samples are the first ones of the file; those behind them are held out."""
+    lr: float
+    weight_decay: float
+    max_grad_norm: float
+    uses_bf16: bool | None
+    seed: int
+
+    def tokens(self) -> TokenFile:
+        """All samples."""
+        return TokenFile(self.directory / TOKEN_FILE)
+
+    def answers(self, rank: int, world_size: int) -> Answers | None:
+        """The teacher's; what is kept of them is written here for this rank's samples."""
+        tokens = self.tokens()
+        mine = range(rank, len(tokens), world_size)
+        return self.teaching.answers(tokens, self.directory / TEACHER_FOLDER, mine)
+
+    def local_engine(self, student: AdaptedModel) -> LocalEngine:
+        """AdamW on the adapters, in this process."""
+        parameters = adapter_parameters(student.model)
+        group = ParameterGroup(tuple(parameters.values()), self.lr, self.weight_decay)
+        return LocalEngine([group], self.max_grad_norm, parameters)
 
 
 def split_samples(process: str, num_samples: int, held_out_ratio: float) -> int:
@@ -46,48 +79,39 @@ def split_samples(process: str, num_samples: int, held_out_ratio: float) -> int:
     return num_samples - max(1, int(num_samples * held_out_ratio))
 
 
-def train_adapter(
-    student: AdaptedModel, material: Material, course: Course, engine: Engine
-) -> Progress:
-    """Train the adapters of a model; afterwards they are the best that were found.
+def train_adapter(job: LoraJob, model: PreTrainedModel) -> Progress:
+    """Train the adapters of a model in this process; afterwards they are the best found.
 
     Args:
-        student: The model, its adapters the same on every rank.
-        material: Samples and losses.
-        course: How often and how fast.
-        engine: Carries out the steps; it trains ``adapter_parameters``.
+        job: Samples, losses and settings.
+        model: On the CPU, with fresh adapters.
     """
-    return Training(engine, course, lora_task(student, material, engine)).run()
+    answers = job.answers(rank=0, world_size=1)
+    with adapted_model(model, job.model_config, uses_bf16=job.uses_bf16, seed=job.seed) as student:
+        engine = job.local_engine(student)
+        return Training(engine, job.course, lora_task(job, student, answers, engine)).run()
 
 
-def lora_task(student: AdaptedModel, material: Material, engine: Engine) -> Task:
-    """Losses by numbers of samples; held-out samples are judged one by one, without padding."""
+def lora_task(job: LoraJob, student: AdaptedModel, answers: Answers | None, engine: Engine) -> Task:
+    """Losses by numbers of samples; held-out samples are judged one by one, without padding.
+
+    Args:
+        job: Samples and losses.
+        student: The model, its adapters the same on every rank.
+        answers: The teacher's; None where the loss does not ask it.
+        engine: Knows which samples are this rank's.
+    """
+    tokens, blocks, num_train = job.tokens(), job.teaching.question.blocks, job.course.num_samples
 
     def loss(numbers: Samples) -> Tensor:
-        batch = material.tokens.batch(numbers).to(student.device)
-        answer = Answer() if material.answers is None else material.answers.of(numbers, batch)
-        return material.loss(student.outputs(batch, material.blocks), batch, answer)
+        batch = tokens.batch(numbers).to(student.device)
+        answer = Answer() if answers is None else answers.of(numbers, batch)
+        return job.loss(student.outputs(batch, blocks), batch, answer)
 
     def held_out() -> tuple[float, int]:
-        mine = share(len(material.tokens) - material.num_train, engine)
+        mine = share(len(tokens) - num_train, engine)
         with student.judged():
-            losses = [float(loss([material.num_train + number])) for number in mine]
+            losses = [float(loss([num_train + number])) for number in mine]
         return math.fsum(losses), len(mine)
 
     return Task(loss=loss, held_out=held_out)
-
-
-def local_engine(
-    student: AdaptedModel, *, lr: float, weight_decay: float, max_grad_norm: float
-) -> LocalEngine:
-    """AdamW on the adapters, in this process.
-
-    Args:
-        student: The model.
-        lr: Peak learning rate.
-        weight_decay: Of AdamW.
-        max_grad_norm: Largest norm of all gradients together.
-    """
-    parameters = adapter_parameters(student.model)
-    group = ParameterGroup(tuple(parameters.values()), lr, weight_decay)
-    return LocalEngine([group], max_grad_norm, parameters)

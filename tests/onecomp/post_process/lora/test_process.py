@@ -147,9 +147,9 @@ def test_what_is_no_better_is_taken_off(quantized, original, jsonl, tmp_path, ca
     model = quantized()
     before, logits = state_of(model), logits_of(model)
     settings = {**QUICK, "lr": 100.0}
-    PostProcessLoraSFT(data_files=str(jsonl), output_dir=str(tmp_path / "adapter"), **settings).run(
-        model, original
-    )
+    PostProcessLoraTeacherOnlySFT(
+        data_files=str(jsonl), output_dir=str(tmp_path / "adapter"), **settings
+    ).run(model, original)
     [entry] = records_of(model)
     assert not entry["executed"]
     assert "no state was better on held-out samples" in entry["reason"]
