@@ -21,6 +21,8 @@ from onecomp.storage import AnyPath, make_directory, read_range, replacing
 SINGLE_SHARD = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER_FOLDER = "adapter"
+"""LoRA adapters of a checkpoint, in PEFT's files; beside the model, they would be taken for it."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 AUXILIARY_PATTERNS = (
     "*.json",

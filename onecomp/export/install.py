@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from onecomp.errors import InputError
-from onecomp.export.checkpoint import CONFIG
+from onecomp.export.checkpoint import ADAPTER_FOLDER, CONFIG
 from onecomp.storage import (
     AnyPath,
     children,
@@ -107,8 +107,14 @@ def install_checkpoint(staging: AnyPath, output: AnyPath) -> None:
     for path in children(output):
         if path.name not in new and _is_read_by_loaders(path.name) and path.is_file():
             path.unlink()
+    remove_tree(output / ADAPTER_FOLDER)
     for name in sorted(new, key=lambda name: (name == CONFIG, name)):
-        move_file(new[name], output / name)
+        if name == ADAPTER_FOLDER:
+            make_directory(output / name)
+            for path in children(new[name]):
+                move_file(path, output / name / path.name)
+        else:
+            move_file(new[name], output / name)
     remove_tree(staging)
 
 

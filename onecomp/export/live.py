@@ -1,12 +1,13 @@
 """Writing a live quantized model as a checkpoint, one shard for each block."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from onecomp.export.checkpoint import finish_checkpoint, write_shard
+from onecomp.export.checkpoint import ADAPTER_FOLDER, finish_checkpoint, write_shard
 from onecomp.export.install import require_no_checkpoint
 from onecomp.export.quant_config import split_layer_name
 from onecomp.quantizer.quant_linear import QuantLinear
@@ -22,7 +23,8 @@ def save_live_model(
     """Write a model whose quantized layers are in place, e.g. one that was trained.
 
     The configuration is the model's own with its ``quantization_config``; ``load_quantized_model``
-    gives the same model back.
+    gives the same model back. LoRA adapters go to ``ADAPTER_FOLDER`` in the directory, from which
+    ``PeftModel.from_pretrained`` puts them on that model.
 
     Args:
         model: On any device.
@@ -34,7 +36,8 @@ def save_live_model(
         InputError: The directory already holds a checkpoint.
     """
     require_no_checkpoint(directory)
-    shards = _by_shard(_stored_tensors(model))
+    with _adapters_apart(model, directory / ADAPTER_FOLDER):
+        shards = _by_shard(_stored_tensors(model))
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, tensors in zip(names, shards, strict=True):
         write_shard(directory, name, tensors)
@@ -42,6 +45,17 @@ def save_live_model(
     config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["quantization_config"] = dict(model.config.quantization_config)
     finish_checkpoint(directory, names, config, source_dir, tokenizer)
+
+
+def _adapters_apart(model: PreTrainedModel, directory: Path) -> AbstractContextManager[None]:
+    """The model without its LoRA adapters, which are written to ``directory``, if it has any."""
+    if "peft_config" not in vars(model):
+        return nullcontext()
+    # PEFT takes half a second to import, and was imported by whoever made the adapters.
+    from onecomp.post_process.lora.adapter import save_adapter, without_adapters  # noqa: PLC0415
+
+    save_adapter(model, directory)
+    return without_adapters(model)
 
 
 def _stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

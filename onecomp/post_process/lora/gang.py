@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from onecomp.errors import ConfigError
 from onecomp.export.live import save_live_model
 from onecomp.post_process.gang import Gang, GangRequest, default_gang
-from onecomp.post_process.lora.adapter import adapter_parameters, without_adapters
+from onecomp.post_process.lora.adapter import adapter_parameters
 from onecomp.post_process.lora.train import TOKEN_FILE, LoraJob
 from onecomp.post_process.training import Progress
 
@@ -39,8 +39,7 @@ def train_together(
     with default_gang(request) as gang:
         shared = _shared_directory(job, gang, output_dir)
         placed = replace(job, directory=shared)
-        with without_adapters(model):
-            save_live_model(model, shared / CHECKPOINT_FOLDER)
+        save_live_model(model, shared / CHECKPOINT_FOLDER)
         progress = Progress(**gang.run(LOOP, placed, shared))
         trained = load_file(shared / TRAINED_FILE)
         for name, parameter in adapter_parameters(model).items():
