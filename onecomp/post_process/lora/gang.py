@@ -35,10 +35,12 @@ def train_together(
 
     Raises:
         ConfigError: A cluster of several machines, and no directory that they share.
+        InputError: The teacher's answers do not fit the disk.
     """
     with default_gang(request) as gang:
         shared = _shared_directory(job, gang, output_dir)
         placed = replace(job, directory=shared)
+        job.teaching.check_room(job.tokens(), shared)
         save_live_model(model, shared / CHECKPOINT_FOLDER)
         progress = Progress(**gang.run(LOOP, placed, shared))
         trained = load_file(shared / TRAINED_FILE)

@@ -57,8 +57,8 @@ class PostProcessLoraSFT(PostQuantizationProcess):
             parquet; one, several, or one for each split. Patterns are allowed.
         train_split: Split to train on, as ``datasets`` understands it.
         text_column: Column of text, or of conversations (lists of messages with ``role`` and
-            ``content``), which the tokenizer's chat template renders. Without such a column,
-            ``messages`` and ``conversations`` are looked for.
+            ``content``), which the tokenizer's chat template renders; all of it is learnt.
+            Without such a column, ``messages`` and ``conversations`` are looked for.
         max_train_samples: Samples that are used at most, held-out ones included; None for all.
         max_length: Tokens of a sample; longer ones are cut.
         shuffle_seed: Seed of everything random: order of samples, first adapters, dropout.
@@ -223,7 +223,7 @@ class PostProcessLoraSFT(PostQuantizationProcess):
         blocks: tuple[int, ...] = ()
         if self.intermediate_block_loss_weight:
             found = blocks_of(model, model_config)
-            blocks = self.intermediate_block_indices or tuple(range(len(found)))
+            blocks = tuple(self.intermediate_block_indices or range(len(found)))
         teaching = Teaching(
             process=str(self.name),
             teacher=teacher_config(

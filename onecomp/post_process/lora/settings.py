@@ -7,7 +7,7 @@ from onecomp.models.config import DTYPES
 from onecomp.post_process.lora.answers import KL, MSE
 from onecomp.quantizer.checks import as_number, is_whole, positive_problems, whole_problems
 
-COUNTS = ("max_length", "epochs", "batch_size", "gradient_accumulation_steps", "lora_r")
+COUNTS = ("epochs", "batch_size", "gradient_accumulation_steps", "lora_r")
 WEIGHTS = ("sft_loss_weight", "teacher_loss_weight", "intermediate_block_loss_weight")
 POSITIVE = ("lr", "lora_alpha", "teacher_temperature", "max_grad_norm")
 TYPES = ("teacher_dtype", "teacher_cache_dtype", "intermediate_cache_dtype")
@@ -27,6 +27,7 @@ def problems_of(settings: Mapping[str, Any]) -> list[str]:
     optional = ("max_train_samples", "num_workers")
     return [
         *_text_problems(settings),
+        *whole_problems(chosen(("max_length",)), 2),
         *whole_problems(chosen((*COUNTS, "logging_steps")), 1),
         *whole_problems({name: given[name] for name in optional if name in given}, 1),
         *positive_problems(chosen(POSITIVE)),
