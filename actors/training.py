@@ -1,8 +1,6 @@
 """The library's Gang as a Ray Train job."""
 
-import os
 import pkgutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,17 @@ from onecomp.errors import ConfigError, InputError, OneCompError
 from onecomp.post_process.gang import Gang, GangMember, GangRequest
 
 LOOPBACK_DEVICE = "lo"
+REPEATED_ERRORS = (
+    OneCompError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    TypeError,
+    ValueError,
+)
+"""Errors of a function itself. Losses of other ranks arrive as RuntimeError or OSError."""
 RUN_NAME = "ray-train"
 """Folder of the checkpoints; a run that finds some there goes on from the last."""
 
@@ -81,7 +90,7 @@ class RayGang(Gang):
             gpus_per_worker=1 if self.has_gpus else 0,
             max_failures=self.request.max_failures,
             environment=self._environment(),
-            final_errors=(OneCompError,),
+            final_errors=REPEATED_ERRORS,
             logger_name="onecomp",
         )
         try:
@@ -105,8 +114,6 @@ def _call(task: tuple[str, str, object], member: Member) -> Any:
     """What a member runs: the function of that name, if its node has the driver's code."""
     digest, loop, argument = task
     require_same_source(digest)
-    # Tools that were installed beside the interpreter (ninja) are found as in an activated venv.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     function = pkgutil.resolve_name(loop)
     return function(
         argument, GangMember(member.rank, member.world_size, member.restored, member.save)

@@ -4,10 +4,9 @@ Importing DeepSpeed takes seconds, so that nothing else imports this module.
 """
 
 import logging
-import os
 import socket
+from collections import defaultdict
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,7 +16,6 @@ from torch import distributed
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_json, write_shard
 from onecomp.models import ModelConfig
-from onecomp.post_process.compilers import require_compiler
 from onecomp.post_process.deepspeed_engine import DeepSpeedEngine, partition
 from onecomp.post_process.gang import GangMember
 from onecomp.post_process.gang_checkpoints import GangCheckpoints, resume
@@ -30,8 +28,6 @@ from onecomp.post_process.training import Progress, Training
 
 logger = logging.getLogger(__name__)
 
-SHARED_MEMORY = Path("/dev/shm")
-
 
 def train(job: GangJob, member: GangMember) -> dict[str, Any]:
     """Train a checkpoint together with the other ranks; the result lies in the job's directory.
@@ -40,7 +36,7 @@ def train(job: GangJob, member: GangMember) -> dict[str, Any]:
         Where training ended, and the most bytes of weights that a rank held, as plain JSON values.
 
     Raises:
-        InputError: This node does not see the job's directory, or lacks a compiler.
+        InputError: This node does not see the checkpoint.
     """
     if not job.checkpoint.is_dir():
         raise InputError(
@@ -49,11 +45,10 @@ def train(job: GangJob, member: GangMember) -> dict[str, Any]:
             "every node sees.",
         )
     device = _device(job.model_config)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        require_compiler()
-    _quiet()
+        _leave_reductions_to_gloo()
     deepspeed.init_distributed(auto_mpi_discovery=False)
-    _forget_shared_buffer()
     return _train(job, member, device)
 
 
@@ -101,17 +96,10 @@ def _most(number: int, device: torch.device) -> int:
     return int(most)
 
 
-def _quiet() -> None:
-    """DeepSpeed and torch tell of every call; the loop says what a user wants to know."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+def _leave_reductions_to_gloo() -> None:
+    """Tell DeepSpeed that it cannot build its own kernels here, so that it uses torch's.
 
-
-def _forget_shared_buffer() -> None:
-    """Unlink the shared memory of DeepSpeed's reductions, 66 MiB a rank, which it leaves behind.
-
-    Once all ranks have mapped it, nobody needs its name; a rank that is killed leaves nothing then.
+    Its kernel for reductions on CPUs needs a compiler and a minute at first use, waits forever for
+    ranks of other machines, and leaves 66 MiB a rank in /dev/shm.
     """
-    distributed.barrier()
-    place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    name = f"deepspeed_allreduce_buffer_{place}_{distributed.get_rank()}"
-    (SHARED_MEMORY / name).unlink(missing_ok=True)
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)

@@ -15,7 +15,6 @@ from onecomp.errors import ConfigError
 from onecomp.export.live import save_live_model
 from onecomp.models import ModelConfig
 from onecomp.post_process.base import CheckpointProcess, Outcome, record, require_trainable
-from onecomp.post_process.compilers import require_compiler
 from onecomp.post_process.deepspeed_config import (
     StepSettings,
     batch_problems,
@@ -223,8 +222,6 @@ class GlobalPTQDistributed(CheckpointProcess):
         if problems:
             raise ConfigError(str(self.name), problems)
         self._course(len(samples.train)).steps_per_epoch(gang.num_workers)
-        if not gang.has_gpus:
-            require_compiler()
 
     def _train(
         self,

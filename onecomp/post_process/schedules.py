@@ -32,7 +32,7 @@ class Schedule:
     def __call__(self, step: int, num_steps: int) -> float:
         """The factor of step ``step`` (from 0) of ``num_steps``."""
         items = tuple(sorted(self.arguments.items()))
-        return _factor(self.kind, float(self.warmup_ratio), items, num_steps)(step + 1)
+        return float(_factor(self.kind, float(self.warmup_ratio), items, num_steps)(step + 1))
 
     def problems(self) -> list[str]:
         """What is wrong with it, in sentences."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from onecomp.quantizer.trainable import (
 
 class TrainableFactors(TrainableLinear):
     """``Da A mid B Db`` with float32 scales, and latents where signs are trained.
+
+    Signs keep one byte each where they are not.
 
     Args:
         left_signs: ``A``.
@@ -42,8 +45,8 @@ class TrainableFactors(TrainableLinear):
             self.left = sign_latents(left_signs, trained)
             self.right = sign_latents(right_signs, trained)
         else:
-            self.register_buffer("left", left_signs)
-            self.register_buffer("right", right_signs)
+            self.register_buffer("left", left_signs.to(torch.int8))
+            self.register_buffer("right", right_signs.to(torch.int8))
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight as it would be stored."""
@@ -57,11 +60,11 @@ class TrainableFactors(TrainableLinear):
 
     def left_signs(self) -> Float[Tensor, "out rank"]:
         """``A``, differentiable where signs are trained."""
-        return signs_of(self.left, self.trained) if self.trained.decisions else self.left
+        return signs_of(self.left, self.trained) if self.trained.decisions else self.left.float()
 
     def right_signs(self) -> Float[Tensor, "rank in"]:
         """``B``, differentiable where signs are trained."""
-        return signs_of(self.right, self.trained) if self.trained.decisions else self.right
+        return signs_of(self.right, self.trained) if self.trained.decisions else self.right.float()
 
     def scales(self) -> Iterator[nn.Parameter]:
         """The three scales."""

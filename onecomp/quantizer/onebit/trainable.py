@@ -19,6 +19,8 @@ from onecomp.quantizer.trainable import (
 class TrainableSigns(TrainableLinear):
     """``a * sign * b`` with float32 scales, and latents where signs are trained.
 
+    Signs keep one byte each where they are not.
+
     Args:
         signs: 1 and -1.
         output_scale: ``a``.
@@ -48,7 +50,7 @@ class TrainableSigns(TrainableLinear):
                 confidence = reference.float() * signs / torch.where(size == 0, 1, size)
             self.sign = sign_latents(signs, trained, confidence)
         else:
-            self.register_buffer("sign", signs)
+            self.register_buffer("sign", signs.to(torch.int8))
 
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight as it would be stored."""
@@ -56,7 +58,7 @@ class TrainableSigns(TrainableLinear):
 
     def signs(self) -> Float[Tensor, "out in"]:
         """Signs, differentiable where they are trained."""
-        return signs_of(self.sign, self.trained) if self.trained.decisions else self.sign
+        return signs_of(self.sign, self.trained) if self.trained.decisions else self.sign.float()
 
     def scales(self) -> Iterator[nn.Parameter]:
         """Both vectors."""
