@@ -29,6 +29,8 @@ CONTROLLER_ENVIRONMENT = {
 """Ray Train's own settings, where the user has not made them."""
 READ_EVERY_SECONDS = 0.5
 KEPT_CHECKPOINTS = 2
+MOST_FAILED_STARTS = 30
+"""Ray Train waits a minute for the nodes of a gang each time; an autoscaler may need many."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def _trainer(
         run_config=RunConfig(
             name=plan.name,
             storage_path=str(plan.folder),
-            failure_config=FailureConfig(max_failures=plan.max_failures),
+            failure_config=FailureConfig(
+                max_failures=plan.max_failures, controller_failure_limit=MOST_FAILED_STARTS
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             worker_runtime_env={"env_vars": dict(plan.environment)},
         ),

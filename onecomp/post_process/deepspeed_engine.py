@@ -1,5 +1,7 @@
 """Training steps by DeepSpeed: ZeRO 1, 2 and 3 over the ranks of a gang."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,19 @@ from onecomp.post_process.engine import Engine, ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW keeps of a parameter."""
+
+
+def start_deepspeed(device: torch.device) -> None:
+    """Have DeepSpeed use the process group that there is; on a CPU, with torch's own reductions.
+
+    DeepSpeed's kernel for reductions on CPUs needs a compiler and a minute at first use, waits
+    forever for ranks of other machines, and leaves 66 MiB a rank in /dev/shm. Without it, it takes
+    torch's, as on systems that it has no kernel for.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
 class DeepSpeedEngine(Engine):

@@ -60,19 +60,30 @@ def load_student(
     """
     blocks = quantized_blocks(checkpoint, model_config)
     skeleton, trained = blocks.skeleton, trained_parts(blocks)
-    for name, layer in outer_layers(blocks):
-        skeleton.model.set_submodule(name, layer.to(device))
-    fill_outside(skeleton, device)
-    skeleton.model.tie_weights()
-    layers: dict[str, TrainableLinear] = {}
+    layers = _load_outside(blocks, trained, device)
+    for _, module in skeleton.outer_modules():
+        partition(module)
     for index in range(len(skeleton.blocks)):
         block = blocks.load(index, device)
         layers |= _made_trainable(block, skeleton.block_name(index) + ".", trained)
         partition(block)
         skeleton.blocks[index] = block
-    layers |= _made_trainable(skeleton.model, "", trained)
-    partition(skeleton.model)
     return ShardedModel(skeleton.model, layers, skeleton.blocks)
+
+
+def _load_outside(
+    blocks: QuantizedBlocks, trained: Trained, device: torch.device
+) -> dict[str, TrainableLinear]:
+    """Read what lies outside the blocks, which wait on the meta device."""
+    model, quantized = blocks.skeleton.model, dict(outer_layers(blocks))
+    for name in quantized:
+        model.set_submodule(name, nn.Identity())
+    fill_outside(blocks.skeleton, device)
+    if not quantized:
+        model.tie_weights()
+    for name, layer in quantized.items():
+        model.set_submodule(name, layer.to(device))
+    return _made_trainable(model, "", trained)
 
 
 def outer_layers(blocks: QuantizedBlocks) -> Iterator[tuple[str, QuantLinear]]:
@@ -108,11 +119,12 @@ def load_original(
     skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
     fill_outside(skeleton, device)
     skeleton.model.tie_weights()
+    for _, module in skeleton.outer_modules():
+        partition(module)
     for index in range(len(skeleton.blocks)):
         block = skeleton.load_block(index, device)
         partition(block)
         skeleton.blocks[index] = block
-    partition(skeleton.model)
     return ShardedModel(skeleton.model, {}, skeleton.blocks)
 
 

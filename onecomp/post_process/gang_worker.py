@@ -3,20 +3,17 @@
 Importing DeepSpeed takes seconds, so that nothing else imports this module.
 """
 
-import logging
 import socket
-from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
-import deepspeed
 import torch
 from torch import distributed
 
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_json, write_shard
 from onecomp.models import ModelConfig
-from onecomp.post_process.deepspeed_engine import DeepSpeedEngine, partition
+from onecomp.post_process.deepspeed_engine import DeepSpeedEngine, partition, start_deepspeed
 from onecomp.post_process.gang import GangMember
 from onecomp.post_process.gang_checkpoints import GangCheckpoints, resume
 from onecomp.post_process.gang_job import PROGRESS_FILE, TRAINED_FILE, GangJob, read_samples
@@ -25,8 +22,6 @@ from onecomp.post_process.gang_teacher import gang_teacher
 from onecomp.post_process.global_ptq import distillation_task
 from onecomp.post_process.student import Student
 from onecomp.post_process.training import Progress, Training
-
-logger = logging.getLogger(__name__)
 
 
 def train(job: GangJob, member: GangMember) -> dict[str, Any]:
@@ -45,10 +40,7 @@ def train(job: GangJob, member: GangMember) -> dict[str, Any]:
             "every node sees.",
         )
     device = _device(job.model_config)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if device.type == "cpu":
-        _leave_reductions_to_gloo()
-    deepspeed.init_distributed(auto_mpi_discovery=False)
+    start_deepspeed(device)
     return _train(job, member, device)
 
 
@@ -94,12 +86,3 @@ def _most(number: int, device: torch.device) -> int:
     most = torch.tensor(number, device=device)
     distributed.all_reduce(most, distributed.ReduceOp.MAX)
     return int(most)
-
-
-def _leave_reductions_to_gloo() -> None:
-    """Tell DeepSpeed that it cannot build its own kernels here, so that it uses torch's.
-
-    Its kernel for reductions on CPUs needs a compiler and a minute at first use, waits forever for
-    ranks of other machines, and leaves 66 MiB a rank in /dev/shm.
-    """
-    deepspeed.ops.__compatible_ops__ = defaultdict(bool)

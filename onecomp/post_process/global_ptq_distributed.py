@@ -120,7 +120,7 @@ class GlobalPTQDistributed(CheckpointProcess):
     lr_scheduler_type: str = "cosine"
     use_gradient_checkpointing: bool = True
     bf16: bool = True
-    deepspeed_config: str | dict[str, Any] | None = None
+    deepspeed_config: str | Path | dict[str, Any] | None = None
     output_dir: str | None = None
     logging_steps: int = 1
     report_to: str | list[str] | None = "none"
