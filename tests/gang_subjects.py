@@ -44,7 +44,7 @@ class Subject:
         return load_quantized_model(self.checkpoint, device_map=None)[0]
 
     def process(self, **settings: object) -> GlobalPTQDistributed:
-        """Two epochs of float32 steps of two samples, on two workers."""
+        """Two epochs of float32 steps of two samples, on two workers; teacher as `train_here`."""
         defaults = {
             "calibration_config": self.text,
             "epochs": 2,
@@ -52,6 +52,7 @@ class Subject:
             "dbf_lr": 1e-3,
             "bf16": False,
             "num_workers": 2,
+            "teacher": "streamed",
         }
         return GlobalPTQDistributed(**{**defaults, **settings})
 

@@ -52,7 +52,6 @@ def test_one_worker_accumulates_to_the_same(subject: Subject, tmp_path):
         deepspeed_config=WHOLE_CONFIG,
         num_workers=1,
         gradient_accumulation_steps=2,
-        teacher="streamed",
     )
     model = subject.load()
     process.run(model, subject.model_config)
@@ -143,7 +142,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_an_undisturbed_ru
     root = tmp_path_factory.mktemp("killed")
     quantizer = GPTQ(wbits=3, groupsize=32, sym=False)
     subject = make_subject(tiny_model_dir(), text, root, quantizer, **sizes)
-    settings = {"deepspeed_config": stage(number), "epochs": 4, "teacher": "streamed"}
+    settings = {"deepspeed_config": stage(number), "epochs": 4}
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     expected = subject.load()
     subject.process(output_dir=str(quiet), **settings).run(expected, subject.model_config)
