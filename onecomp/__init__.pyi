@@ -19,6 +19,15 @@ from .models import ModelConfig as ModelConfig
 from .planning.vram import VRAMBitwidthEstimation as VRAMBitwidthEstimation
 from .planning.vram import estimate_target_bitwidth as estimate_target_bitwidth
 from .planning.vram import estimate_wbits_from_vram as estimate_wbits_from_vram
+from .post_process.base import PostQuantizationProcess as PostQuantizationProcess
+from .post_process.blockwise.process import BlockWisePTQ as BlockWisePTQ
+from .post_process.global_ptq import GlobalPTQ as GlobalPTQ
+from .post_process.global_ptq_distributed import GlobalPTQDistributed as GlobalPTQDistributed
+from .post_process.lora.process import PostProcessLoraSFT as PostProcessLoraSFT
+from .post_process.lora.process import (
+    PostProcessLoraTeacherOnlySFT as PostProcessLoraTeacherOnlySFT,
+)
+from .post_process.lora.process import PostProcessLoraTeacherSFT as PostProcessLoraTeacherSFT
 from .qep import QEPConfig as QEPConfig
 from .quantizer import ARB as ARB
 from .quantizer import CQ as CQ

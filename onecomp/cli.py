@@ -228,6 +228,40 @@ def evaluate(
 
 @app.command()
 @command
+def postprocess(  # noqa: PLR0913 - one parameter per option
+    directory: Annotated[str, typer.Argument(help="Quantized checkpoint.")],
+    process: Annotated[
+        str, typer.Option(help="blockwise_ptq, global_ptq, ..., see docs/post_process.md.")
+    ],
+    output: Annotated[str, typer.Option(help="New directory for the improved checkpoint.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The original model. Default: what DIRECTORY.run says."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Setting of the process. Repeatable."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training text.")] = None,
+    calibration_dataset: Dataset = "c4",
+    text_key: TextKey = "text",
+    num_calibration_samples: Samples = 128,
+    max_length: Length = 2048,
+    seed: Seed = 0,
+    num_workers: Annotated[
+        int | None, typer.Option(min=0, help="Ray workers; 0 works in this process.")
+    ] = None,
+    address: Address = None,
+    dtype: Dtype = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Begin anew; replace the checkpoint.")] = False,
+    trust_remote_code: RemoteCode = False,
+    config: OptionsFile = None,
+) -> None:
+    """Improve a quantized checkpoint by training what it holds against the original model."""
+
+
+@app.command()
+@command
 def verify(
     directory: Annotated[str, typer.Argument(help="Checkpoint, or its URL.")],
     run_dir: Annotated[str | None, typer.Option(help="Default: DIRECTORY.run")] = None,

@@ -15,6 +15,7 @@ from onecomp.errors import InputError
 from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
 from onecomp.executor import Executor, WorkerCount, default_executor
 from onecomp.export.install import require_directory
+from onecomp.export.load import checkpoint_directory
 from onecomp.export.save import has_format
 from onecomp.export.verify import verify_checkpoint
 from onecomp.job_options import JobOptions
@@ -27,6 +28,8 @@ from onecomp.planning.request import Place, Request
 from onecomp.planning.shapes import TextShape
 from onecomp.planning.summary import as_json_values, make_plan
 from onecomp.planning.table import as_text
+from onecomp.post_process.checkpoint_job import PostProcessJob, original_model
+from onecomp.post_process.options import TextOptions, make_process
 from onecomp.report import write_report
 from onecomp.session import Session
 from onecomp.storage import AnyPath, local_directory, open_path
@@ -213,6 +216,35 @@ def evaluate(
             f"tokens {scores['num_tokens']}  context {scores['max_length']}  "
             f"stride {scores['stride']}  bos {'yes' if scores['bos'] else 'no'}"
         )
+
+
+def postprocess(
+    directory: str,
+    process: str,
+    output: str,
+    model: str | None,
+    settings: list[str] | None,
+    dtype: str,
+    overwrite: bool,
+    trust_remote_code: bool,
+    **options: Any,
+) -> None:
+    """Improve a quantized checkpoint; ``options`` are fields of the process and of its text."""
+    text = TextOptions(**{field.name: options.pop(field.name) for field in fields(TextOptions)})
+    improvement = make_process(
+        process, settings or (), {**options, "calibration_config": text.calibration()}
+    )
+    checkpoint = checkpoint_directory(directory, local_files_only=False)
+    original = original_model(checkpoint, model, dtype, trust_remote_code=trust_remote_code)
+    job = PostProcessJob(checkpoint, Path(output), improvement, original, overwrite)
+    entry = job.run()
+    if not entry["executed"]:
+        logger.warning("%s: %s", improvement.name, entry["reason"])
+    logger.info(
+        "held-out loss %.4f -> %.4f in %.0f s",
+        entry["held_out_before"], entry["held_out_after"], entry["seconds"],
+    )  # fmt: skip
+    print_result(output)
 
 
 def verify(directory: str, run_dir: str | None, as_json: bool) -> None:

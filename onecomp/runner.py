@@ -12,9 +12,11 @@ from onecomp.errors import ConfigError
 from onecomp.evaluation import calculate_perplexity
 from onecomp.executor import Executor, default_executor
 from onecomp.export.install import require_no_checkpoint
+from onecomp.export.live import save_live_model
 from onecomp.export.save import has_format
 from onecomp.job import QuantizationJob
 from onecomp.models import ModelConfig
+from onecomp.post_process.base import PostQuantizationProcess, run_and_record
 from onecomp.qep import QEPConfig
 from onecomp.quantizer import QuantizationResult, Quantizer, result_files
 from onecomp.quantizer.quant_linear import dense_layers
@@ -41,6 +43,8 @@ class Runner:
         run_dir: Directory that survives the process, so that an interrupted run goes on; by
             default one that ends with the Runner.
         num_shards: Calibration shards; by default up to 64 of at least 1024 tokens.
+        post_processes: What improves the quantized model afterwards, in order; ``quantized_model``
+            is the result.
 
     Example:
         >>> runner = Runner(ModelConfig("my-model"), GPTQ(groupsize=128))  # doctest: +SKIP
@@ -61,6 +65,7 @@ class Runner:
         executor: Executor | None = None,
         run_dir: str | Path | None = None,
         num_shards: int | None = None,
+        post_processes: Sequence[PostQuantizationProcess] | None = None,
     ):
         self.model_config = model_config
         self.quantizer = quantizer
@@ -72,6 +77,7 @@ class Runner:
         self.executor = executor
         self.run_dir = None if run_dir is None else open_path(run_dir)
         self.num_shards = num_shards
+        self.post_processes = list(post_processes or ())
         self.quantized_model: PreTrainedModel | None = None
         self._session: Session | None = None
         self._temporary: TemporaryPath | None = None
@@ -87,7 +93,7 @@ class Runner:
         problems = []
         if not isinstance(self.model_config, ModelConfig):
             problems.append(f"model_config={self.model_config!r}: must be a ModelConfig.")
-        problems += self._method_problems()
+        problems += [*self._method_problems(), *self._process_problems()]
         if problems:
             raise ConfigError("Runner", problems)
 
@@ -109,6 +115,25 @@ class Runner:
                 "Use GPTQ, or qep=False."
             ]
         return []
+
+    def _process_problems(self) -> list[str]:
+        problems = [
+            f"post_processes has {process!r}: must be PostQuantizationProcess objects."
+            for process in self.post_processes
+            if not isinstance(process, PostQuantizationProcess)
+        ]
+        if self.post_processes and self.quantizers is not None:
+            problems.append(
+                "post_processes improve one quantized model, but quantizers make several. Give "
+                "quantizer, or run the processes on what create_quantized_model gives."
+            )
+        method = self.quantizer
+        if self.post_processes and isinstance(method, Quantizer) and not has_format(method):
+            problems.append(
+                f"post_processes need quantized layers, and {method.name} has none. Use GPTQ, RTN, "
+                "JointQ, AutoBit, DBF or Onebit."
+            )
+        return problems
 
     @property
     def _method(self) -> Quantizer:
@@ -144,6 +169,20 @@ class Runner:
             self.quantizer.results = results
         for quantizer in self.quantizers or ():
             quantizer.results = ResultsOf(results, quantizer.name)
+        if self.post_processes:
+            self.run_post_processes()
+
+    def run_post_processes(self) -> None:
+        """Improve the quantized model by each of ``post_processes``, in order.
+
+        They work on a live model, which is ``quantized_model`` afterwards; what each did is in its
+        ``config.quantization_config`` and in the journal of the run.
+        """
+        model, _ = self.create_quantized_model()
+        for process in self.post_processes:
+            entry = run_and_record(process, model, self.model_config)
+            self._finished().run.append("post_process", **entry)
+        self.quantized_model = model
 
     def prepare_calibration_dataset(
         self, device: str, model: PreTrainedModel | None = None
@@ -213,10 +252,24 @@ class Runner:
             )
         quantizer = self._which(quantizer)
         quantizer.get_quant_config()
+        if self.quantized_model is not None and self.post_processes:
+            return self._save_improved(Path(save_directory), pack_weights=pack_weights)
         return self._export(save_directory, quantizer, dequantized=False, pack_weights=pack_weights)
+
+    def _save_improved(self, path: Path, *, pack_weights: bool) -> Path:
+        if not pack_weights:
+            raise ConfigError(
+                "save_quantized_model",
+                ["pack_weights=False: models are packed when they are post-processed."],
+            )
+        source = self.model_config.source.directory
+        save_live_model(self.quantized_model, path, source_dir=source)
+        return path
 
     def save_dequantized_model(self, path: str | Path, quantizer: Quantizer | None = None) -> Path:
         """Write the model with dequantized weights in its own dtype, block by block.
+
+        The weights are those of the results, before any of ``post_processes``.
 
         Args:
             path: New directory.

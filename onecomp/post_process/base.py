@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,8 @@ from onecomp.errors import ConfigError, InputError
 from onecomp.models import ModelConfig
 from onecomp.quantizer.quant_linear import QuantLinear
 
+PATCHES = "patches"
+"""Folder of tensors that replace those of a checkpoint."""
 PROCESSES_KEY = "onecomp_post_processes"
 """Entry of a ``quantization_config``: a list with one record per process, in order."""
 
@@ -38,6 +41,22 @@ class PostQuantizationProcess(ABC):
             quantized_model: On the CPU, its quantized layers in place; on the CPU and in
                 evaluation mode again afterwards.
             model_config: The original model, its tokenizer and the device to compute on.
+        """
+
+
+class CheckpointProcess(PostQuantizationProcess):
+    """A process that needs no live model: from a checkpoint directory to a patch of it."""
+
+    @abstractmethod
+    def improve(self, checkpoint: Path, work: Path, model_config: ModelConfig) -> "Outcome":
+        """Train what a checkpoint holds, a part of it at a time.
+
+        Args:
+            checkpoint: Directory of the quantized model; not changed.
+            work: Directory that survives an interruption, in which a repeated call goes on. Its
+                folder ``PATCHES`` holds the changed tensors by full name in safetensors files,
+                of which later ones (by name) replace earlier ones, when ``executed``.
+            model_config: The original model.
         """
 
 
@@ -97,6 +116,21 @@ def record(model: PreTrainedModel, process: PostQuantizationProcess, outcome: Ou
 def records_of(model: PreTrainedModel) -> list[dict[str, Any]]:
     """What was done to a model after it was quantized, in order."""
     return list(quantization_config(model).get(PROCESSES_KEY, []))
+
+
+def run_and_record(
+    process: PostQuantizationProcess, model: PreTrainedModel, model_config: ModelConfig
+) -> dict[str, Any]:
+    """Run a process; one that does not record itself, as a user's own may not, is recorded here.
+
+    Returns:
+        What the model's configuration now says of it.
+    """
+    known = len(records_of(model))
+    process.run(model, model_config)
+    if len(records_of(model)) == known:
+        record(model, process, Outcome(executed=True))
+    return records_of(model)[-1]
 
 
 def quantization_config(model: nn.Module) -> dict[str, Any]:

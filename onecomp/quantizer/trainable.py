@@ -8,7 +8,6 @@ points and codes to whole numbers, latents to signs. Gradients go through the ro
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -89,59 +88,26 @@ def as_stored(scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return scale + (rounded - scale.detach())
 
 
-class RoundCodes(torch.autograd.Function):
-    """Nearest code of a latent; backward, the slope of a smooth staircase.
+def signs_of(latent: Float[Tensor, "*shape"], trained: Trained) -> Float[Tensor, "*shape"]:
+    """Signs of latents, that of zero is 1; the gradient is the slope of a smooth sign.
 
-    The staircase is ``floor(v) + sigmoid(k (v - floor(v) - 1/2))``; outside the codes the slope is
-    zero unless the latent would be moved back inside.
+    The smooth sign is ``tanh(k x) / k`` with ``k`` the smoothing: divided by ``k``, its slope does
+    not depend on the unit of the latents.
     """
-
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, maxq: float, sharpness: float) -> Tensor:
-        """Codes as floats."""
-        ctx.save_for_backward(latent)
-        ctx.maxq, ctx.sharpness = maxq, sharpness
-        return latent.clamp(0, maxq).round_()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient times the slope."""
-        (latent,) = ctx.saved_tensors
-        step = torch.sigmoid(ctx.sharpness * (latent - latent.floor() - 0.5))
-        slope = ctx.sharpness * step * (1 - step)
-        outward = ((latent <= 0) & (gradient > 0)) | ((latent >= ctx.maxq) & (gradient < 0))
-        return gradient * slope.masked_fill_(outward, 0), None, None
+    smooth = torch.tanh(trained.smoothing * latent) / trained.smoothing
+    return smooth + (torch.where(latent >= 0, 1.0, -1.0) - smooth).detach()
 
 
-class SmoothSign(torch.autograd.Function):
-    """Sign of a latent, that of zero is 1; backward, the slope of ``tanh(k x)`` by ``k``.
+def codes_of(latent: Float[Tensor, "*shape"], maxq: int) -> Float[Tensor, "*shape"]:
+    """Nearest codes of latents; the gradient is the slope of a smooth staircase.
 
-    The factor ``k`` is left out: a latent and its scale shrink with ``k`` together, so that the
-    gradient is that of the sign by the latent in units of the latent scale.
+    The staircase is ``floor(v) + sigmoid(k (v - floor(v) - 1/2))``. More than half a step outside
+    the codes the slope is zero, so that a latent cannot wander off.
     """
-
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, sharpness: float) -> Tensor:
-        """Signs."""
-        ctx.save_for_backward(latent)
-        ctx.sharpness = sharpness
-        return torch.where(latent >= 0, 1.0, -1.0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """The gradient times the slope."""
-        (latent,) = ctx.saved_tensors
-        return gradient * (1 - torch.tanh(ctx.sharpness * latent).square_()), None
-
-
-def signs_of(latent: Tensor, trained: Trained) -> Float[Tensor, "*shape"]:
-    """Signs of latents, differentiable."""
-    return SmoothSign.apply(latent, trained.smoothing)
-
-
-def codes_of(latent: Tensor, maxq: int) -> Float[Tensor, "*shape"]:
-    """Codes of latents, differentiable."""
-    return RoundCodes.apply(latent, float(maxq), CODE_SHARPNESS)
+    near = latent.clamp(-0.5, maxq + 0.5)
+    floor = near.detach().floor()
+    smooth = floor + torch.sigmoid(CODE_SHARPNESS * (near - floor - 0.5))
+    return smooth + (latent.detach().clamp(0, maxq).round() - smooth.detach())
 
 
 def sign_latents(

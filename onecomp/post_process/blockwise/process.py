@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from onecomp.calibration import CalibrationConfig
@@ -14,7 +13,13 @@ from onecomp.errors import ConfigError
 from onecomp.executor import Executor, default_executor
 from onecomp.export.live import save_live_model
 from onecomp.models import ModelConfig, Skeleton
-from onecomp.post_process.base import Outcome, PostQuantizationProcess, record, require_trainable
+from onecomp.post_process.base import (
+    PATCHES,
+    CheckpointProcess,
+    Outcome,
+    record,
+    require_trainable,
+)
 from onecomp.post_process.blockwise.span import Rates
 from onecomp.post_process.blockwise.student_blocks import Patches, QuantizedBlocks
 from onecomp.post_process.blockwise.tuner import (
@@ -24,6 +29,7 @@ from onecomp.post_process.blockwise.tuner import (
     shards_of,
 )
 from onecomp.post_process.blockwise.tuning import Phase, SpanReport, Tuning
+from onecomp.post_process.patching import patch_live
 from onecomp.post_process.samples import TrainingSamples, training_samples
 from onecomp.quantizer.checks import positive_problems, whole_problems
 from onecomp.storage import TemporaryPath
@@ -34,7 +40,7 @@ ROLLED_BACK = "the whole model was no better on held-out samples; rolled back"
 
 
 @dataclass
-class BlockWisePTQ(PostQuantizationProcess):
+class BlockWisePTQ(CheckpointProcess):
     """Trains one block after the other to give what the original block gives.
 
     The inputs of a block are those that the model trained so far produces; what it should give is
@@ -108,13 +114,15 @@ class BlockWisePTQ(PostQuantizationProcess):
         layers = require_trainable(self, quantized_model, model_config)
         samples = self._samples(model_config)
         place = TemporaryPath("onecomp-blockwise-")
-        checkpoint, patches = place.path / "checkpoint", Patches(place.path / "patches")
-        save_live_model(quantized_model, checkpoint)
-        outcome = self.tune(checkpoint, patches, model_config, samples)
+        save_live_model(quantized_model, place.path / "checkpoint")
+        outcome = self._improve(place.path / "checkpoint", place.path, model_config, samples)
         if outcome.executed:
-            for path in sorted(patches.directory.glob("*.safetensors")):
-                _install(layers, load_file(path))
+            patch_live(layers, place.path)
         record(quantized_model, self, outcome)
+
+    def improve(self, checkpoint: Path, work: Path, model_config: ModelConfig) -> Outcome:
+        """Train the blocks of a checkpoint one by one; spans that are finished stay."""
+        return self._improve(checkpoint, work, model_config, self._samples(model_config))
 
     def _samples(self, model_config: ModelConfig) -> TrainingSamples:
         samples = training_samples(str(self.name), self.calibration_config, model_config)
@@ -128,33 +136,18 @@ class BlockWisePTQ(PostQuantizationProcess):
             )
         return samples
 
-    def tune(
-        self,
-        checkpoint: Path,
-        patches: Patches,
-        model_config: ModelConfig,
-        samples: TrainingSamples,
-        executor: Executor | None = None,
+    def _improve(
+        self, checkpoint: Path, work: Path, model_config: ModelConfig, samples: TrainingSamples
     ) -> Outcome:
-        """Train the blocks of a checkpoint, and write what was learned to ``patches``.
-
-        Args:
-            checkpoint: Directory of the quantized model; read block by block.
-            patches: Where the results go; spans that are there already are not trained again.
-            model_config: The original model.
-            samples: To train on and to judge by.
-            executor: Where the workers are; None makes one and stops it afterwards.
-        """
         started = time.monotonic()
-        own = executor is None
-        executor = executor or default_executor(self.num_workers, address=self.address)
+        patches = Patches(work / PATCHES)
+        executor = default_executor(self.num_workers, address=self.address)
         executor.limit(self.batch_size)
         try:
             tuning = self._tuning(executor, checkpoint, patches, model_config, samples)
             before, after = tuning.run()
         finally:
-            if own:
-                executor.stop()
+            executor.stop()
         return _outcome(before, after, tuning.reports, time.monotonic() - started)
 
     def _tuning(
@@ -201,14 +194,6 @@ class BlockWisePTQ(PostQuantizationProcess):
             epochs = self.cbq_epochs or self.epochs
             phases.append(Phase(number=1, span=2, epochs=epochs, rates=rates.at(self.cbq_lr)))
         return phases
-
-
-def _install(layers: dict, tensors: dict) -> None:
-    """Give quantized layers of a live model their new tensors."""
-    for name, tensor in tensors.items():
-        layer, _, key = name.rpartition(".")
-        held = layers[layer].state_dict()[key]
-        held.copy_(tensor)
 
 
 def _outcome(before: float, after: float, reports: Sequence[SpanReport], seconds: float) -> Outcome:

@@ -13,6 +13,9 @@ from onecomp.quantizer.gptq.trainable import TrainableCodes
 from onecomp.quantizer.quant_linear import QuantLinear
 from onecomp.quantizer.trainable import TrainableLinear, Trained
 
+HALF_STEP = 0.5
+"""From the middle of a code to where it changes; for signs this is ``1 / smoothing``."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -23,7 +26,8 @@ class Rates:
     signs_scale: float
     """Of scales of signs, likewise."""
     codes: float
-    """Of latent codes; 0: codes stay. In units of ``1 / smoothing``, see ``Trained``."""
+    """Of latent codes, in units in which a fresh one lies ``1 / smoothing`` from where its code
+    changes; 0: codes stay."""
     signs: float
     """Of latent signs, likewise."""
     zero_points: float
@@ -140,9 +144,10 @@ def _trained(layer: QuantLinear, rates: Rates) -> Trained:
 def _slots(layer: TrainableLinear, rates: Rates) -> Iterator[Slot]:
     has_codes = isinstance(layer, TrainableCodes)
     scale_rate = rates.codes_scale if has_codes else rates.signs_scale
+    codes_per_unit = HALF_STEP * rates.smoothing
     for scale in layer.scales():
         yield Slot(scale, scale_rate * float(scale.detach().abs().mean()))
     for zero in layer.zero_points():
         yield Slot(zero, rates.zero_points)
     for latent in layer.decisions():
-        yield Slot(latent, rates.codes if has_codes else rates.signs)
+        yield Slot(latent, rates.codes * codes_per_unit if has_codes else rates.signs)

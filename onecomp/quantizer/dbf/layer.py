@@ -16,7 +16,7 @@ from onecomp.quantizer.dbf.trainable import TrainableFactors
 from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.quant_linear import QuantLinear
-from onecomp.quantizer.trainable import Trained
+from onecomp.quantizer.trainable import TrainableLinear, Trained
 
 TENSORS = ("scaling0", "bp1", "scaling2", "bp3", "scaling4")
 SCALES = ("scaling0", "scaling2", "scaling4")
@@ -145,8 +145,9 @@ class DoubleBinaryLinear(QuantLinear):
         scales = self.scaling0, self.scaling2, self.scaling4
         return TrainableFactors(self.left_signs(), self.right_signs(), scales, self.bias, trained)
 
-    def adopt(self, learned: TrainableFactors) -> None:
+    def adopt(self, learned: TrainableLinear) -> None:
         """Take over scales, and signs where they were trained."""
+        assert isinstance(learned, TrainableFactors)
         for name, scale in zip(SCALES, learned.scales(), strict=True):
             getattr(self, name).data = scale.detach().half().to(self.bp1.device)
         if learned.trained.decisions:

@@ -14,7 +14,7 @@ from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.onebit.result import OnebitResult
 from onecomp.quantizer.onebit.trainable import TrainableSigns
 from onecomp.quantizer.quant_linear import QuantLinear
-from onecomp.quantizer.trainable import Trained
+from onecomp.quantizer.trainable import TrainableLinear, Trained
 
 TENSORS = ("a", "b", "sign_packed")
 
@@ -91,8 +91,9 @@ class OnebitLinear(QuantLinear):
         signs = unpack_bits(self.sign_packed, (self.out_features, self.in_features))
         return TrainableSigns(signs, self.a, self.b, self.bias, trained, reference)
 
-    def adopt(self, learned: TrainableSigns) -> None:
+    def adopt(self, learned: TrainableLinear) -> None:
         """Take over scales, and signs where they were trained."""
+        assert isinstance(learned, TrainableSigns)
         self.a.data = learned.a.detach().half().to(self.sign_packed.device)
         self.b.data = learned.b.detach().half().to(self.sign_packed.device)
         if learned.trained.decisions:

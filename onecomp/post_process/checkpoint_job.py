@@ -1,0 +1,161 @@
+"""From a checkpoint directory to a better one: where things are, and what goes on after a stop."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onecomp.errors import InputError
+from onecomp.events import open_event_log
+from onecomp.export.checkpoint import CONFIG, write_json
+from onecomp.export.install import install_checkpoint, require_apart, require_no_checkpoint
+from onecomp.export.live import save_live_model
+from onecomp.export.load import load_quantized_model, read_json
+from onecomp.models import ModelConfig, ModelSource
+from onecomp.places import run_directory_of
+from onecomp.post_process.base import (
+    CheckpointProcess,
+    Outcome,
+    PostQuantizationProcess,
+    entry_of,
+    records_of,
+    settings_of,
+)
+from onecomp.post_process.patching import patch_checkpoint
+from onecomp.store import RUN_FILE
+
+logger = logging.getLogger(__name__)
+
+JOB_FILE = "postprocess.json"
+"""What is being made in a run directory of a post-process."""
+STAGING = "checkpoint"
+
+
+@dataclass(frozen=True)
+class PostProcessJob:
+    """A checkpoint, a process, and a place for the result."""
+
+    checkpoint: Path
+    output: Path
+    process: PostQuantizationProcess
+    model_config: ModelConfig
+    overwrite: bool = False
+
+    @property
+    def work(self) -> Path:
+        """Directory of what must survive an interruption."""
+        return Path(str(run_directory_of(self.output)))
+
+    def check(self) -> None:
+        """Check what can be checked before any work.
+
+        Raises:
+            InputError: A place that cannot be used, a checkpoint that is not quantized, or a work
+                directory of another job.
+        """
+        if not (self.checkpoint / CONFIG).exists():
+            raise InputError(self.checkpoint, f"holds no {CONFIG}: it is no checkpoint.")
+        if not read_json(self.checkpoint / CONFIG).get("quantization_config"):
+            raise InputError(
+                self.checkpoint,
+                "is not quantized: it has no layers that a post-process could train. Give the "
+                "directory that `onecomp quantize` wrote.",
+            )
+        if not self.overwrite:
+            require_no_checkpoint(self.output)
+        require_apart(self.output, self.work, self.checkpoint)
+        found = self.work / JOB_FILE
+        if found.exists() and not self.overwrite and read_json(found) != self.record():
+            raise InputError(
+                self.work,
+                "belongs to another post-process, of other settings or another checkpoint. Give "
+                "another --output, or --overwrite to begin anew.",
+            )
+
+    def record(self) -> dict[str, Any]:
+        """What fixes the result, as plain JSON values."""
+        source, checkpoint = self.model_config.source, str(self.checkpoint)
+        quantized = ModelSource(checkpoint, self.checkpoint, source.trust_remote_code)
+        return {
+            "model": {
+                "id": str(source.directory.resolve()),
+                "hash": source.content_hash,
+                "dtype": self.model_config.dtype,
+                "trust_remote_code": source.trust_remote_code,
+            },
+            "checkpoint": {"path": checkpoint, "hash": quantized.content_hash},
+            "process": {"class": type(self.process).__name__, **settings_of(self.process)},
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Do it; the new checkpoint appears complete or not at all.
+
+        Returns:
+            What the new checkpoint says of the process.
+        """
+        self.check()
+        self.work.mkdir(parents=True, exist_ok=True)
+        if self.overwrite:
+            self._clear()
+        write_json(self.work / JOB_FILE, self.record())
+        staging = self.work / STAGING
+        if isinstance(self.process, CheckpointProcess):
+            outcome = self.process.improve(self.checkpoint, self.work, self.model_config)
+            entry = entry_of(self.process, outcome)
+            self._write(staging, entry, outcome)
+        else:
+            entry = self._improve_live(staging)
+        log = open_event_log(self.work)
+        log.append("post_process", entry)
+        log.flush()
+        install_checkpoint(staging, self.output)
+        return entry
+
+    def _clear(self) -> None:
+        for path in sorted(self.work.rglob("*"), reverse=True):
+            if path.is_file():
+                path.unlink()
+            else:
+                path.rmdir()
+
+    def _write(self, staging: Path, entry: Mapping[str, Any], outcome: Outcome) -> None:
+        changed = self.work if outcome.executed else self.work / "nothing"
+        patch_checkpoint(self.checkpoint, changed, staging, entry)
+
+    def _improve_live(self, staging: Path) -> dict[str, Any]:
+        model, _ = load_quantized_model(
+            self.checkpoint,
+            device_map="cpu",
+            trust_remote_code=self.model_config.trust_remote_code,
+        )
+        self.process.run(model, self.model_config)
+        save_live_model(model, staging, source_dir=self.checkpoint)
+        return records_of(model)[-1]
+
+
+def original_model(
+    checkpoint: Path, model: str | None, dtype: str, *, trust_remote_code: bool
+) -> ModelConfig:
+    """The model that a checkpoint was quantized from.
+
+    Args:
+        checkpoint: Directory of the quantized model.
+        model: Directory or Hub id; None for what the run directory beside the checkpoint says.
+        dtype: As in ``ModelConfig``.
+        trust_remote_code: As in ``ModelConfig``.
+
+    Raises:
+        InputError: It is not given, and no run directory tells.
+    """
+    if model is None:
+        work = Path(str(run_directory_of(checkpoint)))
+        files = [work / name for name in (RUN_FILE, JOB_FILE) if (work / name).exists()]
+        if not files:
+            raise InputError(
+                checkpoint,
+                f"the original model is not known: there is no run directory {work}. Name it with "
+                "--model.",
+            )
+        model = read_json(files[0])["model"]["id"]
+    return ModelConfig(model, dtype=dtype, trust_remote_code=trust_remote_code)
