@@ -1,7 +1,7 @@
 """The quantized model while it is trained: on its device, its quantized layers trainable."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,7 @@ class Student:
         self, input_ids: Int[Tensor, "samples length"]
     ) -> Float[Tensor, "samples length vocabulary"]:
         """The model's answer, with a gradient where one is asked for."""
-        narrow = torch.autocast(self.device.type, torch.bfloat16)
-        with narrow if self.uses_bf16 else nullcontext():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.uses_bf16):
             return self.model(input_ids=input_ids, use_cache=False).logits
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -71,6 +71,7 @@ class BlockWisePTQ(CheckpointProcess):
             than this have nothing to do; the result does not depend on how many there are.
         targets: ``teacher``: original blocks see the original model's hidden states;
             ``student``: those of the model trained so far, so that only a block's own error counts.
+        use_mixed_precision: Train in bfloat16; what is trained stays float32.
         num_workers: 0 for this process, N for Ray workers, None to choose.
         address: Ray cluster.
 
@@ -93,6 +94,7 @@ class BlockWisePTQ(CheckpointProcess):
     _: KW_ONLY
     batch_size: int = 4
     targets: str = TEACHER
+    use_mixed_precision: bool = False
     num_workers: int | None = None
     address: str | None = None
 
@@ -166,6 +168,7 @@ class BlockWisePTQ(CheckpointProcess):
             patches=patches,
             targets=self.targets,
             grad_clip=self.grad_clip,
+            uses_bf16=self.use_mixed_precision,
         )
         skeleton = Skeleton.build(model_config.source, settings.dtype)
         blocks = QuantizedBlocks(checkpoint, skeleton, patches)

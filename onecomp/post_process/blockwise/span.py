@@ -61,10 +61,18 @@ class Span:
         blocks: In the order of the model; their quantized layers are replaced in place.
         originals: The same blocks of the original model, for close calls among codes and signs.
         rates: What is trained, and how fast.
+        uses_bf16: Compute in bfloat16 where torch's autocast does; parameters stay float32.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], originals: Sequence[nn.Module], rates: Rates):
-        self.blocks = list(blocks)
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        originals: Sequence[nn.Module],
+        rates: Rates,
+        *,
+        uses_bf16: bool,
+    ):
+        self.blocks, self.uses_bf16 = list(blocks), uses_bf16
         self._layers: list[tuple[nn.Module, str, QuantLinear, TrainableLinear]] = []
         for block, original in zip(blocks, originals, strict=True):
             for name, layer in _quantized(block).items():
@@ -93,8 +101,9 @@ class Span:
 
     def run(self, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
         """Hidden states behind the span."""
-        for block, call in zip(self.blocks, calls, strict=True):
-            hidden = call.run(block, hidden)
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.uses_bf16):
+            for block, call in zip(self.blocks, calls, strict=True):
+                hidden = call.run(block, hidden)
         return hidden
 
     def gradient(

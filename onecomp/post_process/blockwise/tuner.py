@@ -43,6 +43,7 @@ class TunerSettings:
     patches: Patches
     targets: str
     grad_clip: float
+    uses_bf16: bool
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class BlockTuner:
                 hidden = self._through(sample.calls[index], original, hidden)
             sample.target = hidden
         self._first, self._count, self._originals = first, count, originals
-        self._span = Span(students, originals, rates)
+        self._span = Span(students, originals, rates, uses_bf16=self.settings.uses_bf16)
         self._optimizer, self._start, self._skipped = None, None, 0
 
     def parameters(self) -> Float[Tensor, "numbers"]:

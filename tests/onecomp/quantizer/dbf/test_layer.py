@@ -80,17 +80,6 @@ def test_tensors_have_the_names_types_and_sizes_of_the_format():
     assert state["bias"].shape == (OUT,)
 
 
-def test_only_the_scales_are_tuned_and_gradients_reach_all_three():
-    layer = inference_layer(random_result(packed=True), nn.Linear(IN, OUT, bias=False)).float()
-    tuned = list(layer.tunable_parameters())
-    assert [len(p) for p in tuned] == [IN, RANK, OUT]
-    for parameter in tuned:
-        parameter.requires_grad_(requires_grad=True)
-    layer(draw(4, IN)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tuned)
-    assert layer.packed_state()["scaling2"].dtype == torch.float16
-
-
 def saved_state() -> dict[str, Tensor]:
     linear = nn.Linear(IN, OUT, bias=False)
     return inference_layer(random_result(packed=True), linear).packed_state()

@@ -142,19 +142,6 @@ def test_groups_need_not_divide_the_inputs():
     assert torch.equal(layer.dequantize(), result.dequantize())
 
 
-@pytest.mark.parametrize("actorder", [True, False])
-def test_scales_are_tunable_and_codes_are_not(actorder):
-    result = random_result(4, 16, actorder=actorder)
-    layer = GPTQLinear.from_quantization_result(result, random_linear(bias=True)).float()
-    [scales] = layer.tunable_parameters()
-    assert not scales.requires_grad
-    scales.requires_grad_()
-    layer(random_input()).square().sum().backward()
-    assert scales.grad.abs().min() > 0
-    assert [name for name, _ in layer.named_parameters()] == ["scales"]
-    assert layer.packed_state()["scales"].dtype == torch.float16
-
-
 def test_empty_layer_takes_the_tensors_of_a_checkpoint():
     layer = GPTQLinear.from_quantization_result(random_result(4, 16), random_linear(bias=True))
     empty = GPTQLinear(IN, OUT, wbits=4, groupsize=16, bias=True, device="meta")

@@ -47,15 +47,6 @@ def test_a_saved_layer_is_the_same_again(bias: bool, tmp_path: Path):
     assert torch.equal(again(draw(3, 20)), layer(draw(3, 20)))
 
 
-def test_both_scales_are_tunable():
-    _, _, layer = quantized(bias=False)
-    for parameter in layer.tunable_parameters():
-        parameter.requires_grad_(requires_grad=True)
-    layer(draw(3, 20)).square().sum().backward()
-    assert layer.a.grad.abs().sum() > 0
-    assert layer.b.grad.abs().sum() > 0
-
-
 def test_tensors_that_do_not_fit_are_refused():
     _, _, layer = quantized(bias=False)
     state, stored = layer.packed_state(), Onebit().layer_format("layer")
