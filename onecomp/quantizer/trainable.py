@@ -7,6 +7,7 @@ points and codes to whole numbers, latents to signs. Gradients go through the ro
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,7 @@ class TrainableLinear(nn.Module, ABC):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", bias)
+        self._held: Tensor | None = None
 
     @abstractmethod
     def weight(self) -> Float[Tensor, "out in"]:
@@ -74,7 +76,21 @@ class TrainableLinear(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """``nn.Linear``'s result with the weight rounded to the type of ``x``."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.weight().to(x.dtype), bias)
+        weight = self.weight() if self._held is None else self._held
+        return functional.linear(x, weight.to(x.dtype), bias)
+
+    @contextmanager
+    def held_weight(self) -> Iterator[None]:
+        """Compute the weight once for all passes inside the context.
+
+        Parameters must not change there, and whoever goes back through several of the passes
+        keeps the graph.
+        """
+        self._held = self.weight()
+        try:
+            yield
+        finally:
+            self._held = None
 
 
 def trained_scale(stored: Tensor) -> nn.Parameter:

@@ -1,6 +1,7 @@
 """Consecutive blocks that are trained together: their parameters as one vector, their loss."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -106,12 +107,20 @@ class Span:
                 hidden = call.run(block, hidden)
         return hidden
 
+    @contextmanager
+    def held_weights(self) -> Iterator[None]:
+        """Compute every weight once for all samples inside the context."""
+        with ExitStack() as stack:
+            for *_, learning in self._layers:
+                stack.enter_context(learning.held_weight())
+            yield
+
     def gradient(
         self, calls: Sequence[BlockCall], hidden: Tensor, target: Tensor
     ) -> tuple[Float[Tensor, "numbers"], float]:
-        """Gradient of the loss of one sample by the vector, and the loss."""
+        """Gradient of the loss of one sample by the vector, and the loss; weights are held."""
         loss = block_loss(self.run(calls, hidden), target)
-        gradients = torch.autograd.grad(loss, self.parameters)
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True)
         return torch.cat([g.flatten() for g in gradients]), float(loss.detach())
 
     def close(self) -> None:

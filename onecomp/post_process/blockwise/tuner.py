@@ -195,12 +195,12 @@ class BlockTuner:
             vector: Parameters to compute with.
         """
         self._span.load(vector)
-        found = {}
-        for shard, held in self._shards.items():
-            if shard in position:
-                sample = held.train[position[shard]]
-                found[shard] = self._span.gradient(*self._inputs(sample))
-        return found
+        with self._span.held_weights():
+            return {
+                shard: self._span.gradient(*self._inputs(held.train[position[shard]]))
+                for shard, held in self._shards.items()
+                if shard in position
+            }
 
     def _inputs(self, sample: _Sample) -> tuple[list[BlockCall], Tensor, Tensor]:
         calls = sample.calls[self._first : self._first + self._count]
@@ -236,13 +236,14 @@ class BlockTuner:
     def judge(self, vector: Float[Tensor, "numbers"]) -> dict[int, list[float]]:
         """Losses of the held-out samples of every shard."""
         self._span.load(vector)
-        return {
-            shard: [
-                float(block_loss(self._span.run(calls, hidden), target))
-                for calls, hidden, target in map(self._inputs, held.held_out)
-            ]
-            for shard, held in self._shards.items()
-        }
+        with self._span.held_weights():
+            return {
+                shard: [
+                    float(block_loss(self._span.run(calls, hidden), target))
+                    for calls, hidden, target in map(self._inputs, held.held_out)
+                ]
+                for shard, held in self._shards.items()
+            }
 
     def tally(self, vector: Float[Tensor, "numbers"]) -> tuple[int, int, int]:
         """Decisions that changed since the beginning, all decisions, steps skipped."""
