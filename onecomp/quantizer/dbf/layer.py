@@ -16,7 +16,7 @@ from onecomp.quantizer.dbf.trainable import TrainableFactors
 from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.quant_linear import QuantLinear
-from onecomp.quantizer.trainable import TrainableLinear, Trained
+from onecomp.quantizer.trainable import TrainableLinear, Trained, as_stored
 
 TENSORS = ("scaling0", "bp1", "scaling2", "bp3", "scaling4")
 SCALES = ("scaling0", "scaling2", "scaling4")
@@ -141,15 +141,15 @@ class DoubleBinaryLinear(QuantLinear):
         self, trained: Trained, reference: Float[Tensor, "out in"] | None = None
     ) -> TrainableFactors:
         """The three scales, and both factors' signs where ``trained`` says so."""
-        del reference  # says nothing of a single sign
         scales = self.scaling0, self.scaling2, self.scaling4
-        return TrainableFactors(self.left_signs(), self.right_signs(), scales, self.bias, trained)
+        signs = self.left_signs(), self.right_signs()
+        return TrainableFactors(*signs, scales, self.bias, trained, reference)
 
     def adopt(self, learned: TrainableLinear) -> None:
         """Take over scales, and signs where they were trained."""
         assert isinstance(learned, TrainableFactors)
         for name, scale in zip(SCALES, learned.scales(), strict=True):
-            getattr(self, name).data = scale.detach().half().to(self.bp1.device)
+            getattr(self, name).data = as_stored(scale.detach()).half().to(self.bp1.device)
         if learned.trained.decisions:
             self.bp1 = pack_bits(learned.right_signs().detach().to(self.bp1.device))
             self.bp3 = pack_bits(learned.left_signs().detach().to(self.bp3.device))

@@ -17,7 +17,7 @@ from onecomp.quantizer.gptq.trainable import GridTensors, TrainableCodes
 from onecomp.quantizer.inference import inference_layer
 from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.quant_linear import QuantLinear
-from onecomp.quantizer.trainable import TrainableLinear, Trained
+from onecomp.quantizer.trainable import TrainableLinear, Trained, as_stored
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class GPTQLinear(QuantLinear):
     def adopt(self, learned: TrainableLinear) -> None:
         """Take over scales, and zero points and codes where they were trained."""
         assert isinstance(learned, TrainableCodes)
-        self.scales.data = learned.scale.detach().half().to(self.scales.device)
+        self.scales.data = as_stored(learned.scale.detach()).half().to(self.scales.device)
         if learned.zero.requires_grad:
             zeros = _stored_zeros(learned.rounded_zero_points().to(self.qzeros.device), self.wbits)
             self.qzeros = pack_columns(zeros, self.wbits) if self.packed else zeros

@@ -14,7 +14,7 @@ from onecomp.quantizer.layer_state import adopt, require_names
 from onecomp.quantizer.onebit.result import OnebitResult
 from onecomp.quantizer.onebit.trainable import TrainableSigns
 from onecomp.quantizer.quant_linear import QuantLinear
-from onecomp.quantizer.trainable import TrainableLinear, Trained
+from onecomp.quantizer.trainable import TrainableLinear, Trained, as_stored
 
 TENSORS = ("a", "b", "sign_packed")
 
@@ -94,8 +94,8 @@ class OnebitLinear(QuantLinear):
     def adopt(self, learned: TrainableLinear) -> None:
         """Take over scales, and signs where they were trained."""
         assert isinstance(learned, TrainableSigns)
-        self.a.data = learned.a.detach().half().to(self.sign_packed.device)
-        self.b.data = learned.b.detach().half().to(self.sign_packed.device)
+        self.a.data = as_stored(learned.a.detach()).half().to(self.sign_packed.device)
+        self.b.data = as_stored(learned.b.detach()).half().to(self.sign_packed.device)
         if learned.trained.decisions:
             self.sign_packed = pack_bits(learned.signs().detach().to(self.sign_packed.device))
 
