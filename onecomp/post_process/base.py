@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,6 +28,8 @@ class PostQuantizationProcess(ABC):
     """
 
     name: str | None = None
+    places: ClassVar[frozenset[str]] = frozenset()
+    """Settings that say where work is done, on which the result does not depend."""
 
     def __post_init__(self) -> None:
         if self.name is None:
@@ -88,7 +90,7 @@ def settings_of(process: PostQuantizationProcess) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
+        return _plain(asdict(value))
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

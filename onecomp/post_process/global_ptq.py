@@ -28,7 +28,7 @@ from onecomp.post_process.training import (
     share,
     warmup_then_cosine,
 )
-from onecomp.quantizer.checks import positive_problems, ratio_problems, whole_problems
+from onecomp.quantizer.checks import as_number, positive_problems, ratio_problems, whole_problems
 from onecomp.storage import TemporaryPath
 
 logger = logging.getLogger(__name__)
@@ -144,8 +144,8 @@ class GlobalPTQ(PostQuantizationProcess):
 
 def weight_problems(w_distill: float, w_ntp: float) -> list[str]:
     """What is wrong with the weights of a loss."""
-    if w_distill < 0 or w_ntp < 0:
-        return [f"w_distill={w_distill}, w_ntp={w_ntp}: weights must be 0 or more."]
+    if not (as_number(w_distill) >= 0 and as_number(w_ntp) >= 0):
+        return [f"w_distill={w_distill}, w_ntp={w_ntp}: weights must be numbers, 0 or more."]
     if not w_distill and not w_ntp:
         return ["w_distill and w_ntp are both 0: nothing would be trained. Raise one of them."]
     return []

@@ -92,17 +92,30 @@ def student_of(
     """
     is_symmetric = bool(quantization_config(model).get("sym", True))
     trained = Trained(zero_points=not is_symmetric)
-    model.eval().requires_grad_(requires_grad=False)
     skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
     blocks = model.get_submodule(skeleton.blocks_name)
+    model.eval()
     with ExitStack() as stack:
         stack.callback(model.to, "cpu")
+        stack.enter_context(frozen_parameters(model))
         layers = stack.enter_context(trainable_layers(model, trained))
         model.to(model_config.get_device())
         stack.enter_context(wide_parameters(model))
         if gradient_checkpointing:
             stack.enter_context(checkpointed_blocks(blocks))
         yield Student(model, layers, uses_bf16)
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Let no parameter that the model has now ask for a gradient inside the context."""
+    required = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(requires_grad=False)
+    try:
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_()
 
 
 @contextmanager

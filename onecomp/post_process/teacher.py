@@ -125,6 +125,8 @@ def cache_teacher(
     """
     wanted = range(len(input_ids)) if samples is None else samples
     missing = [number for number in wanted if not (directory / _file_name(number)).exists()]
+    if not missing:
+        return CachedTeacher(directory, device)
     size = max(1, MICRO_BATCH_TOKENS // input_ids.shape[1])
     batches = [missing[i : i + size] for i in range(0, len(missing), size)]
     rest = 0.0
@@ -136,11 +138,10 @@ def cache_teacher(
         for row, number in enumerate(batch):
             tensors = {"ids": top.ids[row], "log_probs": top.log_probs[row]}
             write_shard(directory, _file_name(number), tensors)
-    if missing:
-        logger.info(
-            "teacher: the %d most probable tokens of each position kept for %d samples; all others "
-            "have %.2f %% of the mass", KEPT_TOKENS, len(missing), 100 * rest / len(missing),
-        )  # fmt: skip
+    logger.info(
+        "teacher: the %d most probable tokens of each position kept for %d samples; all others "
+        "have %.2f %% of the mass", KEPT_TOKENS, len(missing), 100 * rest / len(missing),
+    )  # fmt: skip
     return CachedTeacher(directory, device)
 
 
@@ -162,8 +163,8 @@ def teacher_logits(
             hidden.append(states.cpu())
             calls.append([interner.intern(call) for call in of_blocks])
         for index in range(len(skeleton.blocks)):
-            block = skeleton.load_block(index, device)
-            _advance(block, hidden, [of_blocks[index] for of_blocks in calls], device)
+            calls_here = [of_blocks[index] for of_blocks in calls]
+            _advance(skeleton.load_block(index, device), hidden, calls_here, device)
     for batch, states in zip(batches, hidden, strict=True):
         ids = input_ids[list(batch)].to(device)
         with torch.inference_mode():
