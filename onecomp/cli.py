@@ -243,11 +243,17 @@ def postprocess(  # noqa: PLR0913 - one parameter per option
         typer.Option("--set", metavar="FIELD=VALUE", help="Setting of the process. Repeatable."),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training text.")] = None,
-    calibration_dataset: Dataset = "c4",
-    text_key: TextKey = "text",
-    num_calibration_samples: Samples = 128,
-    max_length: Length = 2048,
-    seed: Seed = 0,
+    calibration_dataset: Annotated[
+        str | None, typer.Option(help="Text, as for quantize. Default: c4; LoRA needs one.")
+    ] = None,
+    text_key: Annotated[str | None, typer.Option(help="Column of the text. Default: text")] = None,
+    num_calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples. Default: 128; LoRA takes all.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per sample. Default: 2048; LoRA: 1024")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of samples. Default: 0")] = None,
     num_workers: Annotated[
         int | None, typer.Option(min=0, help="Ray workers; 0 works in this process.")
     ] = None,

@@ -231,9 +231,7 @@ def postprocess(
 ) -> None:
     """Improve a quantized checkpoint; ``options`` are fields of the process and of its text."""
     text = TextOptions(**{field.name: options.pop(field.name) for field in fields(TextOptions)})
-    improvement = make_process(
-        process, settings or (), {**options, "calibration_config": text.calibration()}
-    )
+    improvement = make_process(process, settings or (), options, text)
     checkpoint = checkpoint_directory(directory, local_files_only=False)
     original = original_model(checkpoint, model, dtype, trust_remote_code=trust_remote_code)
     job = PostProcessJob(checkpoint, Path(output), improvement, original, overwrite)

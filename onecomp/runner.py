@@ -156,6 +156,7 @@ class Runner:
         With ``quantizers``, each has its own.
         """
         self.check()
+        self.quantized_model = None
         self._session = Session.open(self._job(), self._run_path())
         executor = self.executor or default_executor()
         logger.info("workers: %s", executor.describe())
@@ -252,11 +253,20 @@ class Runner:
             )
         quantizer = self._which(quantizer)
         quantizer.get_quant_config()
-        if self.quantized_model is not None and self.post_processes:
+        if self.post_processes:
             return self._save_improved(Path(save_directory), pack_weights=pack_weights)
         return self._export(save_directory, quantizer, dequantized=False, pack_weights=pack_weights)
 
     def _save_improved(self, path: Path, *, pack_weights: bool) -> Path:
+        self._finished()
+        if self.quantized_model is None:
+            raise ConfigError(
+                "save_quantized_model",
+                [
+                    "post_processes have not run to their end. Call run_post_processes(), or set "
+                    "post_processes = [] to save what was quantized."
+                ],
+            )
         if not pack_weights:
             raise ConfigError(
                 "save_quantized_model",

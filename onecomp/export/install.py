@@ -43,7 +43,7 @@ def require_no_checkpoint(output: AnyPath) -> None:
     ):
         raise InputError(
             output,
-            "already holds a checkpoint. Give another directory; `onecomp quantize --overwrite` "
+            "already holds a checkpoint. Give another directory; on the command line, --overwrite "
             "replaces the checkpoint when the new one is complete.",
         )
 

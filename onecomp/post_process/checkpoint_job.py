@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecomp.errors import InputError
+from onecomp.errors import InputError, UserError
 from onecomp.events import open_event_log
-from onecomp.export.checkpoint import CONFIG, write_json
-from onecomp.export.install import install_checkpoint, require_apart, require_no_checkpoint
+from onecomp.export.checkpoint import ADAPTER_FOLDER, CONFIG, write_json
+from onecomp.export.install import (
+    install_checkpoint,
+    require_apart,
+    require_directory,
+    require_no_checkpoint,
+)
 from onecomp.export.live import save_live_model
 from onecomp.export.load import load_quantized_model, read_json
+from onecomp.export.quant_config import check_quant_config
 from onecomp.models import ModelConfig, ModelSource
 from onecomp.places import run_directory_of
 from onecomp.post_process.base import (
@@ -19,10 +25,11 @@ from onecomp.post_process.base import (
     Outcome,
     PostQuantizationProcess,
     entry_of,
-    records_of,
+    run_and_record,
     settings_of,
 )
 from onecomp.post_process.patching import patch_checkpoint
+from onecomp.storage import remove_tree
 from onecomp.store import RUN_FILE
 
 logger = logging.getLogger(__name__)
@@ -30,6 +37,8 @@ logger = logging.getLogger(__name__)
 JOB_FILE = "postprocess.json"
 """What is being made in a run directory of a post-process."""
 STAGING = "checkpoint"
+SHAPE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+"""Entries of a configuration that quantizing does not change."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +63,69 @@ class PostProcessJob:
             InputError: A place that cannot be used, a checkpoint that is not quantized, or a work
                 directory of another job.
         """
-        if not (self.checkpoint / CONFIG).exists():
-            raise InputError(self.checkpoint, f"holds no {CONFIG}: it is no checkpoint.")
-        if not read_json(self.checkpoint / CONFIG).get("quantization_config"):
+        self._check_checkpoint()
+        source = self.model_config.source.directory
+        for place in (self.checkpoint, source):
+            require_apart(self.output, self.work, place)
+        require_directory(self.output)
+        if self.overwrite:
+            return
+        if (self.work / RUN_FILE).exists():
             raise InputError(
-                self.checkpoint,
-                "is not quantized: it has no layers that a post-process could train. Give the "
-                "directory that `onecomp quantize` wrote.",
+                self.work,
+                "belongs to a run of `onecomp quantize`. Give another --output, or --overwrite to "
+                "begin anew.",
             )
-        if not self.overwrite:
-            require_no_checkpoint(self.output)
-        require_apart(self.output, self.work, self.checkpoint)
         found = self.work / JOB_FILE
-        if found.exists() and not self.overwrite and read_json(found) != self.record():
+        if found.exists() and read_json(found) != self.record():
             raise InputError(
                 self.work,
                 "belongs to another post-process, of other settings or another checkpoint. Give "
                 "another --output, or --overwrite to begin anew.",
             )
+        if not self._was_cut_off:
+            require_no_checkpoint(self.output)
+
+    def _check_checkpoint(self) -> None:
+        if not (self.checkpoint / CONFIG).exists():
+            raise InputError(self.checkpoint, f"holds no {CONFIG}: it is no checkpoint.")
+        config = read_json(self.checkpoint / CONFIG)
+        if not config.get("quantization_config"):
+            raise InputError(
+                self.checkpoint,
+                "is not quantized: it has no layers that a post-process could train. Give the "
+                "directory that `onecomp quantize` wrote.",
+            )
+        check_quant_config(config["quantization_config"], self.checkpoint)
+        if (self.checkpoint / ADAPTER_FOLDER).exists():
+            raise InputError(
+                self.checkpoint,
+                "has LoRA adapters, which this process would not see and its result would lack. "
+                "Train the checkpoint first, and adapters last.",
+            )
+        source = self.model_config.source.directory
+        original = read_json(source / CONFIG)
+        differ = [key for key in SHAPE if original.get(key) != config.get(key)]
+        if differ:
+            what = ", ".join(f"{key} {original.get(key)} / {config.get(key)}" for key in differ)
+            raise InputError(
+                source,
+                f"is not the model that {self.checkpoint} was made of ({what}). Name that one with "
+                "--model.",
+            )
+
+    @property
+    def _was_cut_off(self) -> bool:
+        """Whether this job ended while it moved the checkpoint to its place."""
+        return (
+            not (self.output / CONFIG).exists()
+            and (self.work / JOB_FILE).exists()
+            and (self.work / STAGING).is_dir()
+        )
 
     def record(self) -> dict[str, Any]:
         """What fixes the result, as plain JSON values."""
-        source, checkpoint = self.model_config.source, str(self.checkpoint)
+        source, checkpoint = self.model_config.source, str(self.checkpoint.resolve())
         quantized = ModelSource(checkpoint, self.checkpoint, source.trust_remote_code)
         return {
             "model": {
@@ -85,7 +135,14 @@ class PostProcessJob:
                 "trust_remote_code": source.trust_remote_code,
             },
             "checkpoint": {"path": checkpoint, "hash": quantized.content_hash},
-            "process": {"class": type(self.process).__name__, **settings_of(self.process)},
+            "process": {
+                "class": type(self.process).__name__,
+                **{
+                    name: value
+                    for name, value in settings_of(self.process).items()
+                    if name not in self.process.places
+                },
+            },
         }
 
     def run(self) -> dict[str, Any]:
@@ -95,21 +152,31 @@ class PostProcessJob:
             What the new checkpoint says of the process.
         """
         self.check()
+        is_new = not self.work.exists()
         self.work.mkdir(parents=True, exist_ok=True)
         if self.overwrite:
             self._clear()
         write_json(self.work / JOB_FILE, self.record())
-        staging = self.work / STAGING
-        if isinstance(self.process, CheckpointProcess):
-            outcome = self.process.improve(self.checkpoint, self.work, self.model_config)
-            entry = entry_of(self.process, outcome)
-            self._write(staging, entry, outcome)
-        else:
-            entry = self._improve_live(staging)
+        try:
+            entry = self._improve()
+        except UserError:  # found before any work was done: the corrected job is another
+            if is_new:
+                remove_tree(self.work)
+            raise
         log = open_event_log(self.work)
         log.append("post_process", entry)
         log.flush()
-        install_checkpoint(staging, self.output)
+        install_checkpoint(self.work / STAGING, self.output)
+        return entry
+
+    def _improve(self) -> dict[str, Any]:
+        staging = self.work / STAGING
+        remove_tree(staging)
+        if not isinstance(self.process, CheckpointProcess):
+            return self._improve_live(staging)
+        outcome = self.process.improve(self.checkpoint, self.work, self.model_config)
+        entry = entry_of(self.process, outcome)
+        self._write(staging, entry, outcome)
         return entry
 
     def _clear(self) -> None:
@@ -129,9 +196,9 @@ class PostProcessJob:
             device_map="cpu",
             trust_remote_code=self.model_config.trust_remote_code,
         )
-        self.process.run(model, self.model_config)
+        entry = run_and_record(self.process, model, self.model_config)
         save_live_model(model, staging, source_dir=self.checkpoint)
-        return records_of(model)[-1]
+        return entry
 
 
 def original_model(
@@ -149,7 +216,7 @@ def original_model(
         InputError: It is not given, and no run directory tells.
     """
     if model is None:
-        work = Path(str(run_directory_of(checkpoint)))
+        work = Path(str(run_directory_of(checkpoint.resolve())))
         files = [work / name for name in (RUN_FILE, JOB_FILE) if (work / name).exists()]
         if not files:
             raise InputError(

@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
@@ -106,6 +106,7 @@ class GlobalPTQDistributed(CheckpointProcess):
             contradicts them; all of them listed.
     """
 
+    places: ClassVar[frozenset[str]] = frozenset({"address", "max_failures"})
     temperature: float = 1.0
     w_distill: float = 1.0
     w_ntp: float = 0.0

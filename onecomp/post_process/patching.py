@@ -40,7 +40,12 @@ def patch_checkpoint(checkpoint: Path, work: Path, output: Path, entry: Mapping[
         work: Directory with the patches.
         output: New directory; ``config.json``, without which it is no checkpoint, comes last.
         entry: What the new one says of the process.
+
+    Raises:
+        InputError: The checkpoint is not quantized.
     """
+    if read_json(checkpoint / CONFIG).get("quantization_config") is None:
+        raise InputError(checkpoint, "is not a quantized checkpoint.")
     patches = patches_in(work)
     shards = sorted(checkpoint.glob("model*.safetensors"))
     for shard in shards:
@@ -62,9 +67,7 @@ def finish_with_entry(
 ) -> None:
     """Add to shards the configuration of their checkpoint, with one entry more."""
     config = read_json(checkpoint / CONFIG)
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        raise InputError(checkpoint, "is not a quantized checkpoint.")
+    quantization = config["quantization_config"]
     entries = [*quantization.get(PROCESSES_KEY, []), dict(entry)]
     config["quantization_config"] = {**quantization, PROCESSES_KEY: entries}
     finish_checkpoint(output, shard_names, config, checkpoint)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
@@ -79,6 +80,7 @@ class BlockWisePTQ(CheckpointProcess):
         ConfigError: Settings out of range, all of them listed.
     """
 
+    places: ClassVar[frozenset[str]] = frozenset({"num_workers", "address"})
     lr: float = 1e-4
     epochs: int = 10
     cbq_enable: bool = False
@@ -187,9 +189,9 @@ class BlockWisePTQ(CheckpointProcess):
         rates = Rates(
             codes_scale=self.gptq_lr,
             signs_scale=self.lr,
-            codes=self.gptq_intweight_lr if self.gptq_optimize_intweight else 0,
-            signs=self.lr if self.optimize_binary else 0,
-            zero_points=0 if is_symmetric else self.gptq_lr,
+            codes=self.gptq_intweight_lr if self.gptq_optimize_intweight else 0.0,
+            signs=self.lr if self.optimize_binary else 0.0,
+            zero_points=0.0 if is_symmetric else self.gptq_lr,
             smoothing=self.k_smooth,
         )
         phases = [Phase(number=0, span=1, epochs=self.epochs, rates=rates)]

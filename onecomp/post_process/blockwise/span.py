@@ -40,9 +40,9 @@ class Rates:
         return Rates(
             codes_scale=lr,
             signs_scale=lr,
-            codes=lr if self.codes else 0,
-            signs=lr if self.signs else 0,
-            zero_points=lr if self.zero_points else 0,
+            codes=lr if self.codes else 0.0,
+            signs=lr if self.signs else 0.0,
+            zero_points=lr if self.zero_points else 0.0,
             smoothing=self.smoothing,
         )
 
