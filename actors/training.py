@@ -70,7 +70,7 @@ class RayGang(Gang):
         if room is not None and room < self.num_workers:
             kind = "GPU" if self.has_gpus else "CPU"
             raise ConfigError(
-                "GlobalPTQDistributed",
+                "num_workers",
                 [
                     f"{self.num_workers} workers with a {kind} each are asked for, but the cluster "
                     f"never holds more than {room}. Lower num_workers, or add nodes."

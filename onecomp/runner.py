@@ -13,6 +13,7 @@ from onecomp.evaluation import calculate_perplexity
 from onecomp.executor import Executor, default_executor
 from onecomp.export.install import require_no_checkpoint
 from onecomp.export.live import save_live_model
+from onecomp.export.load import let_peft_know_quantized_layers
 from onecomp.export.save import has_format
 from onecomp.job import QuantizationJob
 from onecomp.models import ModelConfig
@@ -351,6 +352,7 @@ class Runner:
         model.config.quantization_config = quantizer.finalize_quant_config_for_save(
             config, list(quantizer.results), num_blocks
         )
+        let_peft_know_quantized_layers()
         return model, self.model_config.load_tokenizer()
 
     def update_model_weights(

@@ -83,7 +83,7 @@ def evaluate_checkpoint(directory: object, request: PerplexityRequest) -> dict[s
     Raises:
         InputError: The checkpoint is damaged or lacks a tokenizer, or text and model do not fit.
     """
-    model, tokenizer = load_quantized_model(str(directory))
+    model, tokenizer = load_quantized_model(str(directory), adapters=True)
     if tokenizer is None:
         raise InputError(
             directory,

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from onecomp.errors import InputError
-from onecomp.export.checkpoint import CONFIG, TOKENIZER_CONFIG
+from onecomp.export.checkpoint import ADAPTER_FOLDER, CONFIG, TOKENIZER_CONFIG
 from onecomp.export.quant_config import LayerFormat, check_quant_config, quantized_layers
 from onecomp.models.config import load_tokenizer
 from onecomp.models.source import ModelSource, download_model
@@ -61,6 +61,7 @@ def load_quantized_model(
     device_map: DeviceMap = "auto",
     trust_remote_code: bool = False,
     local_files_only: bool = False,
+    adapters: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a checkpoint that this package wrote, quantized or dequantized.
 
@@ -73,6 +74,8 @@ def load_quantized_model(
             model stays on the CPU.
         trust_remote_code: Run model code that comes with the checkpoint.
         local_files_only: Do not ask the Hub.
+        adapters: Put the LoRA adapters on that the checkpoint's folder ``adapter`` has, if any;
+            ``PeftModel.from_pretrained`` does so, too, for a model without them.
 
     Returns:
         The model, in evaluation mode, with ``config.quantization_config`` as a plain dict where
@@ -99,6 +102,8 @@ def load_quantized_model(
         if (path / GENERATION_CONFIG).exists():
             model.generation_config = GenerationConfig.from_pretrained(path)
         let_peft_know_quantized_layers()
+    if adapters and (path / ADAPTER_FOLDER).is_dir():
+        _load_adapters(model, path / ADAPTER_FOLDER)
     return _dispatch(model.eval(), device_map), tokenizer
 
 
@@ -108,6 +113,13 @@ def let_peft_know_quantized_layers() -> None:
     from onecomp.post_process.lora.layers import register_with_peft  # noqa: PLC0415
 
     register_with_peft()
+
+
+def _load_adapters(model: PreTrainedModel, directory: Path) -> None:
+    from onecomp.post_process.lora.adapter import load_adapters  # noqa: PLC0415 - as above
+
+    load_adapters(model, directory)
+    logger.info("with the LoRA adapters of %s", directory)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class BlockWisePTQ(CheckpointProcess):
             than this have nothing to do; the result does not depend on how many there are.
         targets: ``teacher``: original blocks see the original model's hidden states;
             ``student``: those of the model trained so far, so that only a block's own error counts.
+        binary_lr: Learning rate of latent signs alone; None for ``lr``.
         use_mixed_precision: Train in bfloat16; what is trained stays float32.
         num_workers: 0 for this process, N for Ray workers, None to choose.
         address: Ray cluster.
@@ -96,6 +97,7 @@ class BlockWisePTQ(CheckpointProcess):
     _: KW_ONLY
     batch_size: int = 4
     targets: str = TEACHER
+    binary_lr: float | None = None
     use_mixed_precision: bool = False
     num_workers: int | None = None
     address: str | None = None
@@ -105,6 +107,9 @@ class BlockWisePTQ(CheckpointProcess):
         rates = ("lr", "gptq_lr", "gptq_intweight_lr", "cbq_lr", "grad_clip", "k_smooth")
         problems = [
             *positive_problems({name: getattr(self, name) for name in rates}),
+            *positive_problems(
+                {"binary_lr": self.lr if self.binary_lr is None else self.binary_lr}
+            ),
             *whole_problems({"epochs": self.epochs, "batch_size": self.batch_size}, 1),
             *whole_problems({"cbq_epochs": self.cbq_epochs}, 0),
         ]
@@ -190,7 +195,7 @@ class BlockWisePTQ(CheckpointProcess):
             codes_scale=self.gptq_lr,
             signs_scale=self.lr,
             codes=self.gptq_intweight_lr if self.gptq_optimize_intweight else 0.0,
-            signs=self.lr if self.optimize_binary else 0.0,
+            signs=(self.binary_lr or self.lr) if self.optimize_binary else 0.0,
             zero_points=0.0 if is_symmetric else self.gptq_lr,
             smoothing=self.k_smooth,
         )

@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 
 EVALUATIONS = 4
 """Evaluations of a span on held-out samples, that of its beginning not counted."""
+WARMUP_RATIO = 0.2
+"""Share of a span's steps in which the learning rate rises: Adam's first steps go by the signs of
+single gradients, and close calls among codes and signs would all be taken at once."""
+MIN_LR_RATIO = 0.05
+"""Where the cosine ends, as a share of the peak."""
 MOST_RESTARTS = 5
 """Times that all workers are made again after one was lost without a span finished in between."""
 
@@ -151,7 +156,7 @@ class Tuning:
         [vector] = self.executor.submit(owner, "parameters")
         before = best = self._judge(vector)
         kept = vector
-        schedule = warmup_then_cosine(0.0, 0.05)
+        schedule = warmup_then_cosine(WARMUP_RATIO, MIN_LR_RATIO)
         interval = max(1, phase.epochs // EVALUATIONS)
         steps = [sample_positions(self.shards, self.seed, epoch) for epoch in range(phase.epochs)]
         num_steps, number = sum(map(len, steps)), 0

@@ -6,8 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, LoraModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    LoraModel,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import nn
 
 from onecomp.errors import ConfigError, InputError
@@ -139,6 +146,29 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for name, layer in adapted.items():
             model.set_submodule(name, layer)
+
+
+def load_adapters(model: nn.Module, directory: Path) -> None:
+    """Put adapters on a model, in place: the inverse of ``save_adapter``.
+
+    Args:
+        model: Without adapters.
+        directory: Has PEFT's files.
+
+    Raises:
+        InputError: The adapters are those of another model.
+    """
+    register_with_peft()
+    inject_adapter_in_model(LoraConfig.from_pretrained(str(directory)), model, ADAPTER)
+    stored = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+    state = {name.removeprefix(FILE_PREFIX): tensor for name, tensor in stored.items()}
+    expected = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    if shapes != {name: tensor.shape for name, tensor in expected.items()}:
+        raise InputError(
+            directory, "holds adapters of another model. Move the folder away to use the model."
+        )
+    set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
 
 
 def save_adapter(model: nn.Module, directory: Path) -> None:

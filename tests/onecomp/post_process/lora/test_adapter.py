@@ -1,9 +1,12 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_tokenizer
 from torch import nn
 
-from onecomp.errors import ConfigError
+from onecomp.errors import ConfigError, InputError
+from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
 from onecomp.export.checkpoint import ADAPTER_FOLDER
 from onecomp.export.install import install_checkpoint
 from onecomp.export.live import save_live_model
@@ -72,6 +75,39 @@ def test_a_checkpoint_has_its_adapters_in_a_folder(quantized, tmp_path):
     assert not (tmp_path / "out" / ADAPTER_FOLDER / "old.json").exists()
     again = with_adapter(loaded, tmp_path / "out" / ADAPTER_FOLDER)
     assert torch.equal(logits_of(again), adapted)
+    loaded, _ = load_quantized_model(tmp_path / "out", device_map=None, adapters=True)
+    assert torch.equal(logits_of(loaded), adapted)
+
+
+def test_adapters_of_another_model_are_refused(quantized, tmp_path):
+    model = quantized()
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    layers = targeted_layers("LoRA", quantized_layers(model), ("q_proj",))
+    with adapters_on_trial(model, layers, config, seed=0) as trial:
+        trial.keep()
+    save_live_model(model, tmp_path / "model")
+    path = tmp_path / "model" / ADAPTER_FOLDER / "adapter_model.safetensors"
+    tensors = {name: tensor[:, :-1].clone() for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    with pytest.raises(InputError, match="holds adapters of another model"):
+        load_quantized_model(tmp_path / "model", device_map=None, adapters=True)
+
+
+def test_what_is_evaluated_has_its_adapters(quantized, text, tmp_path):
+    model = quantized()
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    layers = targeted_layers("LoRA", quantized_layers(model), ("q_proj", "down_proj"))
+    with adapters_on_trial(model, layers, config, seed=0) as trial:
+        trial.keep()
+    for parameter in adapter_parameters(model).values():
+        nn.init.constant_(parameter, 0.1)
+    save_live_model(model, tmp_path / "with")
+    save_live_model(quantized(), tmp_path / "without")
+    tiny_tokenizer().save_pretrained(tmp_path / "with")
+    tiny_tokenizer().save_pretrained(tmp_path / "without")
+    request = PerplexityRequest.checked(str(text), max_length=64, max_tokens=640)
+    found = [evaluate_checkpoint(tmp_path / name, request) for name in ("with", "without")]
+    assert found[0]["perplexity"] > 1.01 * found[1]["perplexity"]
 
 
 def with_adapter(model, directory) -> PeftModel:
