@@ -107,9 +107,7 @@ class BlockWisePTQ(CheckpointProcess):
         rates = ("lr", "gptq_lr", "gptq_intweight_lr", "cbq_lr", "grad_clip", "k_smooth")
         problems = [
             *positive_problems({name: getattr(self, name) for name in rates}),
-            *positive_problems(
-                {"binary_lr": self.lr if self.binary_lr is None else self.binary_lr}
-            ),
+            *positive_problems({} if self.binary_lr is None else {"binary_lr": self.binary_lr}),
             *whole_problems({"epochs": self.epochs, "batch_size": self.batch_size}, 1),
             *whole_problems({"cbq_epochs": self.cbq_epochs}, 0),
         ]

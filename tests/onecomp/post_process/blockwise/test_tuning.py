@@ -1,0 +1,184 @@
+"""Spans of blocks over any number of workers, and after the loss of one."""
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gang_subjects import Subject
+from sabotage import Traps
+from safetensors.torch import load_file
+from shared_cluster import FirstWorkers
+
+from actors.executor import RayExecutor
+from onecomp import BlockWisePTQ
+from onecomp.executor import Executor, LocalExecutor
+from onecomp.post_process.base import PATCHES
+from onecomp.post_process.blockwise import process as process_module
+from onecomp.post_process.blockwise.span import Rates
+from onecomp.post_process.blockwise.student_blocks import Patches
+from onecomp.post_process.blockwise.tuner import BlockTuner, sample_positions, shards_of
+from onecomp.post_process.blockwise.tuning import Phase, SpanReport, Tuning
+
+DEFAULT = BlockWisePTQ()
+
+
+def process_for(subject: Subject, **settings: object) -> BlockWisePTQ:
+    defaults = {
+        "calibration_config": subject.text,
+        "epochs": 2,
+        "gptq_lr": 3e-3,
+        "gptq_optimize_intweight": True,
+        "cbq_enable": True,
+        "num_workers": 0,
+    }
+    return BlockWisePTQ(**{**defaults, **settings})
+
+
+def tuning_of(subject: Subject, executor: Executor, work: Path, **settings: object) -> Tuning:
+    process = process_for(subject, **settings)
+    samples = process._samples(subject.model_config)
+    patches = Patches(work / PATCHES)
+    return process._tuning(executor, subject.checkpoint, patches, subject.model_config, samples)
+
+
+def files(work: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (work / PATCHES).glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def by_one(subject_of, tmp_path_factory) -> tuple[dict[str, bytes], tuple[float, float]]:
+    """Patches and judgement of one worker."""
+    work = tmp_path_factory.mktemp("one")
+    judgement = tuning_of(subject_of("gptq"), LocalExecutor(1), work).run()
+    assert len(files(work)) == 3
+    return files(work), judgement
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 4])
+def test_any_number_of_workers_gives_the_same_bytes(num_workers, by_one, subject_of, tmp_path):
+    judgement = tuning_of(subject_of("gptq"), LocalExecutor(num_workers), tmp_path).run()
+    assert (files(tmp_path), judgement) == by_one
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_ray_workers_give_the_same_bytes(num_workers, by_one, ray_executor, subject_of, tmp_path):
+    executor = FirstWorkers(ray_executor, num_workers)
+    judgement = tuning_of(subject_of("gptq"), executor, tmp_path).run()
+    assert (files(tmp_path), judgement) == by_one
+
+
+def test_finished_spans_are_not_trained_again(by_one, subject_of, tmp_path):
+    tuning = tuning_of(subject_of("gptq"), LocalExecutor(1), tmp_path)
+    tuning.run()
+    kept = sorted((tmp_path / PATCHES).iterdir())[0]
+    stamp = kept.stat().st_mtime_ns
+    for path in sorted((tmp_path / PATCHES).iterdir())[1:]:
+        path.unlink()
+    again = tuning_of(subject_of("gptq"), LocalExecutor(2), tmp_path)
+    judgement = again.run()
+    assert (files(tmp_path), judgement) == by_one
+    assert kept.stat().st_mtime_ns == stamp
+    assert len(again.reports) == 2
+
+
+class TrappedTuner(BlockTuner):
+    """A worker that looks for traps in front of every gradient."""
+
+    def __init__(self, number: int, settings: object, traps: Traps):
+        self.traps = traps
+        super().__init__(number, settings)
+
+    def gradients(self, position: object, vector: object) -> dict:
+        self.traps.spring("before", "gradients")
+        return super().gradients(position, vector)
+
+
+class TrappingExecutor(RayExecutor):
+    """Two workers that look for traps."""
+
+    traps: Traps
+
+    def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
+        assert make_worker is BlockTuner
+        super().start(TrappedTuner, *arguments, self.traps)
+
+
+@pytest.fixture
+def trapping(ray_executor, tmp_path) -> Iterator[TrappingExecutor]:
+    del ray_executor  # the cluster
+    executor = TrappingExecutor(2)
+    executor.traps = Traps(tmp_path / "traps")
+    yield executor
+    executor.stop()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("calls", [3, 11])
+def test_a_killed_worker_changes_nothing(calls, trapping, by_one, subject_of, tmp_path):
+    """In the first span, and in a later one."""
+    trapping.traps.set("gradients", signal.SIGKILL, calls=calls)
+    judgement = tuning_of(subject_of("gptq"), trapping, tmp_path).run()
+    assert trapping.traps.left == []
+    assert (files(tmp_path), judgement) == by_one
+
+
+def test_workers_are_let_go_after_an_error(subject_of, monkeypatch):
+    stopped = []
+
+    class Broken(LocalExecutor):
+        def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
+            raise RuntimeError("broken")
+
+        def stop(self) -> None:
+            stopped.append(True)
+
+    monkeypatch.setattr(process_module, "default_executor", lambda *_, **__: Broken(1))
+    subject = subject_of("gptq")
+    with pytest.raises(RuntimeError, match="broken"):
+        process_for(subject).run(subject.load(), subject.model_config)
+    assert stopped == [True]
+
+
+def decisions_only(kind: str) -> Rates:
+    """The default learning rates of codes and signs; nothing else is trained."""
+    return Rates(
+        codes_scale=0.0,
+        signs_scale=0.0,
+        codes=DEFAULT.gptq_intweight_lr if kind == "gptq" else 0.0,
+        signs=DEFAULT.lr,
+        zero_points=0.0,
+        smoothing=DEFAULT.k_smooth,
+    )
+
+
+@pytest.mark.parametrize(("kind", "epochs"), [("gptq", 10), ("dbf", 10), ("onebit", 10)])
+def test_the_loss_falls_because_decisions_change(kind, epochs, subject_of, tmp_path):
+    subject = subject_of(kind)
+    tuning = tuning_of(subject, LocalExecutor(1), tmp_path)
+    tuning.phases = [Phase(number=0, span=1, epochs=epochs, rates=decisions_only(kind))]
+    tuning.run()
+
+    reports: list[SpanReport] = tuning.reports
+    assert len(reports) == 2
+    for report in reports:
+        assert report.after < 0.98 * report.before
+        assert 0.001 * report.decisions < report.changed < 0.5 * report.decisions
+    original = load_file(next(subject.checkpoint.glob("model*00001*.safetensors")))
+    for path in (tmp_path / PATCHES).iterdir():
+        for name, tensor in load_file(path).items():
+            kept = name.endswith(("scales", "qzeros", "g_idx", ".a", ".b")) or "scaling" in name
+            if name in original:
+                assert torch.equal(tensor, original[name]) == kept
+
+
+def test_every_sample_is_seen_once_an_epoch():
+    shards = shards_of(torch.zeros(10, 4).long(), torch.zeros(2, 4).long(), 4)
+    assert [len(shard.train) for shard in shards] == [3, 3, 2, 2]
+    steps = sample_positions(shards, seed=0, epoch=1)
+    seen = [(shard, position) for step in steps for shard, position in step.items()]
+    assert sorted(seen) == [(s.index, p) for s in shards for p in range(len(s.train))]
+    assert steps != sample_positions(shards, seed=0, epoch=2)
+    assert steps == sample_positions(shards, seed=0, epoch=1)
