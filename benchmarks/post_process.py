@@ -108,16 +108,16 @@ def adapters(**settings: object) -> Callable[[CalibrationConfig], PostQuantizati
 
 
 ZERO3 = {"zero_optimization": {"stage": 3}}
-CODES = blockwise(epochs=4, gptq_lr=3e-3, gptq_optimize_intweight=True)
+CODES = blockwise(epochs=5, gptq_lr=3e-3, gptq_optimize_intweight=True)
 SIGNS = blockwise(epochs=4, lr=5e-3, binary_lr=3e-5)
 SCALES, SCALES_GANG = {"epochs": 3, "gptq_lr": 1e-4}, {"epochs": 3, "gptq_lr": 1e-4}
 ROWS = (
-    Row("g3 block", "g3", CODES, 4),
+    Row("g3 block", "g3", CODES, 5),
     Row("g3 global", "g3", whole(**SCALES), 3),
     Row("g3 gang", "g3", gang(**SCALES_GANG), 3),
     Row("g3 block, global", "g3 block", whole(**SCALES), 3),
     Row("g3 adapters", "g3", adapters(epochs=1, lr=1e-3, gradient_accumulation_steps=4), 1),
-    Row("q3 block", "q3", CODES, 4),
+    Row("q3 block", "q3", CODES, 5),
     Row("q3 global", "q3", whole(**SCALES), 3),
     Row("q3 gang", "q3", gang(**SCALES_GANG), 3),
     Row("d2 block", "d2", SIGNS, 4),
