@@ -10,6 +10,7 @@ its own, one thread each.
 
 import argparse
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -110,19 +111,19 @@ def adapters(**settings: object) -> Callable[[CalibrationConfig], PostQuantizati
 ZERO3 = {"zero_optimization": {"stage": 3}}
 CODES = blockwise(epochs=5, gptq_lr=3e-3, gptq_optimize_intweight=True)
 SIGNS = blockwise(epochs=4, lr=5e-3, binary_lr=3e-5)
-SCALES, SCALES_GANG = {"epochs": 3, "gptq_lr": 1e-4}, {"epochs": 3, "gptq_lr": 1e-4}
+SCALES = {"epochs": 2, "gptq_lr": 2e-4}
 ROWS = (
     Row("g3 block", "g3", CODES, 5),
-    Row("g3 global", "g3", whole(**SCALES), 3),
-    Row("g3 gang", "g3", gang(**SCALES_GANG), 3),
-    Row("g3 block, global", "g3 block", whole(**SCALES), 3),
+    Row("g3 global", "g3", whole(**SCALES), 2),
+    Row("g3 gang", "g3", gang(**SCALES), 2),
+    Row("g3 block, global", "g3 block", whole(**SCALES), 2),
     Row("g3 adapters", "g3", adapters(epochs=1, lr=1e-3, gradient_accumulation_steps=4), 1),
     Row("q3 block", "q3", CODES, 5),
-    Row("q3 global", "q3", whole(**SCALES), 3),
-    Row("q3 gang", "q3", gang(**SCALES_GANG), 3),
+    Row("q3 global", "q3", whole(**SCALES), 2),
+    Row("q3 gang", "q3", gang(**SCALES), 2),
     Row("d2 block", "d2", SIGNS, 4),
-    Row("d2 global", "d2", whole(epochs=3, dbf_lr=1e-3), 3),
-    Row("d2 gang", "d2", gang(epochs=3, dbf_lr=1e-3), 3),
+    Row("d2 global", "d2", whole(epochs=2, dbf_lr=5e-4), 2),
+    Row("d2 gang", "d2", gang(epochs=2, dbf_lr=5e-4), 2),
 )
 
 
@@ -243,6 +244,7 @@ def origins(row: Row) -> list[str]:
 def make_here(bench: Bench, name: str) -> None:
     """One checkpoint or row, in this process."""
     torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     transformers.logging.set_verbosity_error()
     if name in BASE:
         bench.quantize(name)

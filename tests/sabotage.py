@@ -3,12 +3,14 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ray
+from torch import Tensor
 
 from actors.executor import RayExecutor
+from onecomp.post_process.blockwise.tuner import BlockTuner, TunerSettings
 from onecomp.worker import Worker, WorkerSettings
 
 METHODS = (
@@ -78,15 +80,29 @@ for _name in METHODS:
     setattr(SabotagedWorker, _name, _trapped(_name))
 
 
+class SabotagedTuner(BlockTuner):
+    """A worker of block-wise training that looks for traps in front of every gradient."""
+
+    def __init__(self, number: int, settings: TunerSettings, traps: Traps):
+        self.traps = traps
+        super().__init__(number, settings)
+
+    def gradients(self, position: Mapping[int, int], vector: Tensor) -> dict:
+        self.traps.spring("before", "gradients")
+        return super().gradients(position, vector)
+
+
+SABOTAGED = {Worker: SabotagedWorker, BlockTuner: SabotagedTuner}
+
+
 class SabotagedExecutor(RayExecutor):
     """Makes sabotaged workers, and stays when a run is over."""
 
     traps: Traps
 
     def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
-        assert make_worker is Worker
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        super().start(SabotagedWorker, *arguments, self.traps)
+        super().start(SABOTAGED[make_worker], *arguments, self.traps)
 
     def stop(self) -> None:
         pass

@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from gang_subjects import Subject
-from sabotage import Traps
+from sabotage import SabotagedExecutor, Traps
 from safetensors.torch import load_file
 from shared_cluster import FirstWorkers
 
-from actors.executor import RayExecutor
 from onecomp import BlockWisePTQ
 from onecomp.executor import Executor, LocalExecutor
 from onecomp.post_process.base import PATCHES
 from onecomp.post_process.blockwise import process as process_module
 from onecomp.post_process.blockwise.span import Rates
 from onecomp.post_process.blockwise.student_blocks import Patches
-from onecomp.post_process.blockwise.tuner import BlockTuner, sample_positions, shards_of
+from onecomp.post_process.blockwise.tuner import sample_positions, shards_of
 from onecomp.post_process.blockwise.tuning import Phase, SpanReport, Tuning
 
 DEFAULT = BlockWisePTQ()
@@ -84,35 +83,13 @@ def test_finished_spans_are_not_trained_again(by_one, subject_of, tmp_path):
     assert len(again.reports) == 2
 
 
-class TrappedTuner(BlockTuner):
-    """A worker that looks for traps in front of every gradient."""
-
-    def __init__(self, number: int, settings: object, traps: Traps):
-        self.traps = traps
-        super().__init__(number, settings)
-
-    def gradients(self, position: object, vector: object) -> dict:
-        self.traps.spring("before", "gradients")
-        return super().gradients(position, vector)
-
-
-class TrappingExecutor(RayExecutor):
-    """Two workers that look for traps."""
-
-    traps: Traps
-
-    def start(self, make_worker: Callable[..., object], *arguments: object) -> None:
-        assert make_worker is BlockTuner
-        super().start(TrappedTuner, *arguments, self.traps)
-
-
 @pytest.fixture
-def trapping(ray_executor, tmp_path) -> Iterator[TrappingExecutor]:
+def trapping(ray_executor, tmp_path) -> Iterator[SabotagedExecutor]:
     del ray_executor  # the cluster
-    executor = TrappingExecutor(2)
+    executor = SabotagedExecutor(2)
     executor.traps = Traps(tmp_path / "traps")
     yield executor
-    executor.stop()
+    executor.end()
 
 
 @pytest.mark.ray
