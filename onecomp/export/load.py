@@ -102,8 +102,11 @@ def load_quantized_model(
         if (path / GENERATION_CONFIG).exists():
             model.generation_config = GenerationConfig.from_pretrained(path)
         let_peft_know_quantized_layers()
-    if adapters and (path / ADAPTER_FOLDER).is_dir():
-        _load_adapters(model, path / ADAPTER_FOLDER)
+    if (path / ADAPTER_FOLDER).is_dir():
+        if adapters:
+            _load_adapters(model, path / ADAPTER_FOLDER)
+        else:
+            logger.info("without the LoRA adapters of %s; adapters=True puts them on", path)
     return _dispatch(model.eval(), device_map), tokenizer
 
 

@@ -15,6 +15,8 @@ from onecomp.quantizer.quant_linear import QuantLinear
 
 PATCHES = "patches"
 """Folder of tensors that replace those of a checkpoint."""
+BELOW_ADAPTER = ".base_layer"
+"""What PEFT calls a layer below its adapters."""
 PROCESSES_KEY = "onecomp_post_processes"
 """Entry of a ``quantization_config``: a list with one record per process, in order."""
 
@@ -29,7 +31,7 @@ class PostQuantizationProcess(ABC):
 
     name: str | None = None
     places: ClassVar[frozenset[str]] = frozenset()
-    """Settings that say where work is done, on which the result does not depend."""
+    """Settings on which the result does not depend: where work is done, what is told of it."""
 
     def __post_init__(self) -> None:
         if self.name is None:
@@ -168,3 +170,21 @@ def require_trainable(
             ],
         )
     return layers
+
+
+def require_bare(process: PostQuantizationProcess, layers: Mapping[str, QuantLinear]) -> None:
+    """Check that no quantized layer has a LoRA adapter on it.
+
+    Args:
+        process: One that reads layers from a checkpoint, where adapters are files of their own.
+        layers: By full name.
+
+    Raises:
+        InputError: One has.
+    """
+    if any(name.endswith(BELOW_ADAPTER) for name in layers):
+        raise InputError(
+            process.name,
+            "the model has LoRA adapters, which this process does not see. Run it first, and "
+            "train adapters last.",
+        )

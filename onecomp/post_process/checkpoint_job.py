@@ -18,6 +18,7 @@ from onecomp.export.install import (
 from onecomp.export.live import save_live_model
 from onecomp.export.load import load_quantized_model, read_json
 from onecomp.export.quant_config import check_quant_config
+from onecomp.lease import hold, require_free
 from onecomp.models import ModelConfig, ModelSource
 from onecomp.places import run_directory_of
 from onecomp.post_process.base import (
@@ -87,15 +88,7 @@ class PostProcessJob:
             require_no_checkpoint(self.output)
 
     def _check_checkpoint(self) -> None:
-        if not (self.checkpoint / CONFIG).exists():
-            raise InputError(self.checkpoint, f"holds no {CONFIG}: it is no checkpoint.")
-        config = read_json(self.checkpoint / CONFIG)
-        if not config.get("quantization_config"):
-            raise InputError(
-                self.checkpoint,
-                "is not quantized: it has no layers that a post-process could train. Give the "
-                "directory that `onecomp quantize` wrote.",
-            )
+        config = require_quantized(self.checkpoint)
         check_quant_config(config["quantization_config"], self.checkpoint)
         if (self.checkpoint / ADAPTER_FOLDER).exists():
             raise InputError(
@@ -152,17 +145,21 @@ class PostProcessJob:
             What the new checkpoint says of the process.
         """
         self.check()
-        is_new = not self.work.exists()
-        self.work.mkdir(parents=True, exist_ok=True)
+        require_free(self.work)
         if self.overwrite:
-            self._clear()
-        write_json(self.work / JOB_FILE, self.record())
+            remove_tree(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
         try:
-            entry = self._improve()
-        except UserError:  # found before any work was done: the corrected job is another
-            if is_new:
+            with hold(self.work):
+                return self._run()
+        except UserError:  # the corrected job is another, and would be refused
+            if {path.name for path in self.work.iterdir()} <= {JOB_FILE}:
                 remove_tree(self.work)
             raise
+
+    def _run(self) -> dict[str, Any]:
+        write_json(self.work / JOB_FILE, self.record())
+        entry = self._improve()
         log = open_event_log(self.work)
         log.append("post_process", entry)
         log.flush()
@@ -179,13 +176,6 @@ class PostProcessJob:
         self._write(staging, entry, outcome)
         return entry
 
-    def _clear(self) -> None:
-        for path in sorted(self.work.rglob("*"), reverse=True):
-            if path.is_file():
-                path.unlink()
-            else:
-                path.rmdir()
-
     def _write(self, staging: Path, entry: Mapping[str, Any], outcome: Outcome) -> None:
         changed = self.work if outcome.executed else self.work / "nothing"
         patch_checkpoint(self.checkpoint, changed, staging, entry)
@@ -201,6 +191,24 @@ class PostProcessJob:
         return entry
 
 
+def require_quantized(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of a checkpoint.
+
+    Raises:
+        InputError: It is none, or not quantized.
+    """
+    if not (checkpoint / CONFIG).exists():
+        raise InputError(checkpoint, f"holds no {CONFIG}: it is no checkpoint.")
+    config = read_json(checkpoint / CONFIG)
+    if not config.get("quantization_config"):
+        raise InputError(
+            checkpoint,
+            "is not quantized: it has no layers that a post-process could train. Give the "
+            "directory that `onecomp quantize` wrote.",
+        )
+    return config
+
+
 def original_model(
     checkpoint: Path, model: str | None, dtype: str, *, trust_remote_code: bool
 ) -> ModelConfig:
@@ -213,8 +221,10 @@ def original_model(
         trust_remote_code: As in ``ModelConfig``.
 
     Raises:
-        InputError: It is not given, and no run directory tells.
+        InputError: The checkpoint is not quantized, or the model is not given and no run directory
+            tells.
     """
+    require_quantized(checkpoint)
     if model is None:
         work = Path(str(run_directory_of(checkpoint.resolve())))
         files = [work / name for name in (RUN_FILE, JOB_FILE) if (work / name).exists()]

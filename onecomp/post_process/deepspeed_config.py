@@ -97,7 +97,28 @@ COUNTS = frozenset(
         "sub_group_size",
     }
 )
-SECTIONS = frozenset({"leaf_module", "offload_optimizer", "offload_param"})
+OFFLOAD_KEYS: Mapping[str, frozenset[str]] = {
+    "offload_optimizer": frozenset(
+        {
+            "buffer_count",
+            "cpuadam_cores_perc",
+            "device",
+            "fast_init",
+            "nvme_path",
+            "pin_memory",
+            "pipeline_read",
+            "pipeline_write",
+            "ratio",
+            "super_offload",
+        }
+    ),
+    "offload_param": frozenset(
+        {"buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory"}
+    ),
+}
+CPU, NVME = "cpu", "nvme"
+OFFLOAD_DEVICES = ("none", CPU, NVME)
+SECTIONS = frozenset({"leaf_module", *OFFLOAD_KEYS})
 ADAM_KEYS = frozenset(
     {
         "adam_w_mode",
@@ -110,6 +131,13 @@ ADAM_KEYS = frozenset(
         "weight_decay",
     }
 )
+ADAM_AS_IT_IS: Mapping[str, bool] = {
+    "adam_w_mode": True,
+    "amsgrad": False,
+    "bias_correction": True,
+    "torch_adam": True,
+}
+"""What a file may say of the optimizer, but not change: it is ``torch.optim.AdamW``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +216,8 @@ def _zero_problems(section: object) -> list[str]:
         name, is_number = f"zero_optimization.{key}", isinstance(value, int | float)
         if key not in SWITCHES | COUNTS | SECTIONS:
             problems.append(f"{name} is unknown, or for features that are not used here.")
-        elif key == "stage":
-            if value not in STAGES or isinstance(value, bool):
-                problems.append(f"{name}={value!r}: must be 0, 1, 2 or 3.")
+        elif key == "stage" and (value not in STAGES or isinstance(value, bool)):
+            problems.append(f"{name}={value!r}: must be 0, 1, 2 or 3.")
         elif value in (AUTO, None):
             continue
         elif key in SWITCHES and not isinstance(value, bool):
@@ -199,6 +226,25 @@ def _zero_problems(section: object) -> list[str]:
             problems.append(f"{name}={value!r}: must be a number, at least 0.")
         elif key in SECTIONS and not isinstance(value, Mapping):
             problems.append(f"{name}={value!r}: must be an object.")
+    for key in OFFLOAD_KEYS:
+        problems += _offload_problems(key, section.get(key), section.get("stage", 0))
+    return problems
+
+
+def _offload_problems(key: str, given: object, stage: object) -> list[str]:
+    """What is wrong with a section that says where the optimizer or the parameters wait."""
+    if not isinstance(given, Mapping):
+        return []
+    name = f"zero_optimization.{key}"
+    problems = [f"{name}.{inner} is unknown." for inner in given.keys() - OFFLOAD_KEYS[key]]
+    device, path = given.get("device", AUTO), given.get("nvme_path", AUTO)
+    if device not in (AUTO, *OFFLOAD_DEVICES):
+        problems.append(f"{name}.device={device!r}: must be none, cpu or nvme.")
+    if device == NVME and (path == AUTO or not isinstance(path, str | Path)):
+        problems.append(f"{name}.nvme_path={path!r}: must be a directory, as device is nvme.")
+    is_for_stage_3 = device == NVME or (device == CPU and key == "offload_param")
+    if is_for_stage_3 and stage != 3:
+        problems.append(f"{name}.device={device!r}: must be none below stage 3 (stage={stage!r}).")
     return problems
 
 
@@ -206,13 +252,19 @@ def _optimizer_problems(section: object, settings: StepSettings) -> list[str]:
     if not isinstance(section, Mapping):
         return [f"optimizer={section!r}: must be an object with type and params."]
     problems = [f"optimizer.{key} is unknown." for key in section.keys() - {"type", "params"}]
-    if str(section.get("type", "AdamW")).lower() not in ("adam", "adamw"):
-        problems.append(f"optimizer.type={section['type']!r}: scales are trained with AdamW.")
+    if str(section.get("type", "AdamW")).lower() != "adamw":
+        problems.append(f"optimizer.type={section['type']!r}: must be AdamW.")
     params = section.get("params", {})
     if not isinstance(params, Mapping):
         return [*problems, f"optimizer.params={params!r}: must be an object."]
     problems += [f"optimizer.params.{key} is unknown." for key in params.keys() - ADAM_KEYS]
     problems += _contradictions(params, {"lr": "gptq_lr"}, settings, "optimizer.params.")
+    problems += [
+        f"optimizer.params.{key}={params[key]!r}: must be {str(value).lower()}, as scales are "
+        "trained with torch.optim.AdamW."
+        for key, value in ADAM_AS_IT_IS.items()
+        if params.get(key, AUTO) not in (AUTO, value)
+    ]
     for key in ("eps", "weight_decay"):
         value = params.get(key, AUTO)
         if value != AUTO and not (isinstance(value, int | float) and value >= 0):
@@ -287,7 +339,7 @@ def engine_config(config: Mapping[str, Any], settings: StepSettings) -> EngineCo
     Stage 0 shards nothing and has the same numbers as stage 1, which takes its place. The forward
     pass computes in bfloat16 by autocast, so that ``bf16`` goes no further than here.
     """
-    zero = {k: v for k, v in config.get("zero_optimization", {}).items() if v != AUTO}
+    zero = {k: v for k, v in config.get("zero_optimization", {}).items() if v not in (AUTO, None)}
     zero["stage"] = max(1, zero.get("stage", 0))
     zero.setdefault("memory_efficient_linear", False)
     if zero["stage"] == 1:

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from onecomp.post_process.deepspeed_config import EngineConfig
 from onecomp.post_process.engine import Engine, ParameterGroup
+from onecomp.post_process.gang import totals
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """What AdamW keeps of a parameter."""
@@ -93,11 +94,8 @@ class DeepSpeedEngine(Engine):
             self._zero.all_grad_tensors.clear()
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums in the order of the ranks: the same bits on all of them."""
-        mine = torch.tensor(values, dtype=torch.float64, device=self.model.device)
-        of_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
-        distributed.all_gather(of_ranks, mine)
-        return [sum(column) for column in zip(*(row.tolist() for row in of_ranks), strict=True)]
+        """Sums in the order of the ranks."""
+        return totals(values, self.model.device)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the parameters, gathered one after the other."""

@@ -3,7 +3,8 @@
 The teacher is the model before quantization. What it says of a position is a distribution over the
 vocabulary, kept whole or as its most probable tokens and the mass of all others. With the others
 as one outcome the divergence is a lower bound of the whole one and differs from it by the mass of
-the others times the divergence within them (the chain rule of relative entropy).
+the others times the divergence within them (the chain rule of relative entropy), and by what
+rounding the kept logarithms to float16 does (they are scaled to add up to one again).
 """
 
 from abc import ABC, abstractmethod
@@ -55,20 +56,34 @@ class TopTokens(TeacherDistribution):
     ids: Int[Tensor, "samples length top"]
     log_probs: Float[Tensor, "samples length top"]
     """At the temperature that they were kept at."""
+    rest: Float[Tensor, "samples length"]
+    """Mass of the tokens that were not kept, before logarithms were rounded."""
 
     @classmethod
     def of(
-        cls, logits: Float[Tensor, "samples length vocabulary"], top: int, temperature: float
+        cls,
+        logits: Float[Tensor, "samples length vocabulary"],
+        top: int,
+        temperature: float,
+        *,
+        dtype: torch.dtype = torch.float16,
     ) -> "TopTokens":
-        """The ``top`` most probable tokens of logits, logarithms in float16."""
+        """The ``top`` most probable tokens of logits, logarithms rounded to ``dtype``."""
         log_probs = (logits.float() / temperature).log_softmax(-1)
         kept = log_probs.topk(min(top, logits.shape[-1]), dim=-1)
-        return cls(kept.indices.to(torch.int32), kept.values.half())
+        others = log_probs.scatter(-1, kept.indices, -torch.inf)
+        rest = others.exp().sum(-1)  # one minus what is kept would be lost in rounding
+        return cls(kept.indices.to(torch.int32), kept.values.to(dtype), rest)
 
-    @property
-    def rest(self) -> Float[Tensor, "samples length"]:
-        """Mass of the tokens that were not kept."""
-        return (1 - self.log_probs.float().exp().sum(-1)).clamp_min(0)
+    def _whole_log_probs(self) -> Float[Tensor, "samples length top"]:
+        """Logarithms shifted so that with the rest all masses add up to one in spite of rounding.
+
+        So the divergence is that of two distributions: never negative, and next to nothing for the
+        teacher itself.
+        """
+        log_probs = self.log_probs.float()
+        shift = torch.log1p(-self.rest) - log_probs.logsumexp(-1)
+        return log_probs + shift.unsqueeze(-1)
 
     def divergence(
         self, logits: Float[Tensor, "samples length vocabulary"], temperature: float
@@ -77,8 +92,8 @@ class TopTokens(TeacherDistribution):
         scaled = logits.float() / temperature
         total = scaled.logsumexp(-1)
         kept = scaled.gather(-1, self.ids.long())
-        probs = self.log_probs.float().exp()
-        among = (probs * (self.log_probs.float() - kept + total.unsqueeze(-1))).sum(-1)
+        log_probs = self._whole_log_probs()
+        among = (log_probs.exp() * (log_probs - kept + total.unsqueeze(-1))).sum(-1)
         if self.ids.shape[-1] == logits.shape[-1]:
             return among
         share = (kept.logsumexp(-1) - total).clamp_max(-LEAST_REST)

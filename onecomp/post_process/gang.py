@@ -1,11 +1,18 @@
 """Workers that train together: what the library asks of them, wherever they run."""
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import distributed
+
+RUN_PREFIX = "training-"
+"""Folders of trainings in a directory that the user names."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,19 @@ class Gang(AbstractContextManager["Gang"], ABC):
         """
 
 
+def totals(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value summed over the ranks, in their order: the same bits on all of them.
+
+    Args:
+        values: As many on every rank.
+        device: One that the ranks' process group can send from.
+    """
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    of_ranks = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(of_ranks, mine)
+    return [sum(column) for column in zip(*(row.tolist() for row in of_ranks), strict=True)]
+
+
 def default_gang(request: GangRequest) -> Gang:
     """A gang on Ray, on the cluster that there is or a new one on this machine.
 
@@ -71,3 +91,15 @@ def default_gang(request: GangRequest) -> Gang:
     from actors.training import RayGang  # noqa: PLC0415 - the library reaches Ray by this door
 
     return RayGang(request)
+
+
+def fresh_directory(parent: Path) -> Path:
+    """A new numbered folder in the user's directory, as every process understands it.
+
+    What earlier trainings left there stays.
+    """
+    parent = parent.expanduser().absolute()
+    folders = (parent / f"{RUN_PREFIX}{number:04d}" for number in itertools.count(1))
+    fresh = next(folder for folder in folders if not folder.exists())
+    fresh.mkdir(parents=True)
+    return fresh

@@ -13,7 +13,7 @@ from onecomp.errors import ConfigError
 from onecomp.export.checkpoint import write_json, write_shard
 from onecomp.post_process.deepspeed_engine import DeepSpeedEngine
 from onecomp.post_process.gang import GangMember
-from onecomp.post_process.gang_job import EPOCH, NO, PROGRESS_FILE, STEPS, GangJob
+from onecomp.post_process.gang_job import EPOCH, PROGRESS_FILE, STEPS, GangJob
 from onecomp.post_process.training import Checkpoints, Progress, Training
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,11 @@ class GangCheckpoints(Checkpoints):
     def due(self, progress: Progress, *, epoch_ended: bool) -> bool:
         """Whether the strategy says so; the last state of all is not saved unasked."""
         strategy = self.job.save_strategy
-        if strategy == STEPS:
-            num_steps = progress.num_updates + progress.skipped
-            return not epoch_ended and num_steps % self.job.save_steps == 0
-        if strategy == NO:
+        if epoch_ended:
             is_last = progress.epoch == self.job.course.epochs
-            return epoch_ended and self.member.world_size > 1 and not is_last
-        return epoch_ended and strategy == EPOCH
+            return strategy == EPOCH or (self.member.world_size > 1 and not is_last)
+        num_steps = progress.num_updates + progress.skipped
+        return strategy == STEPS and num_steps % self.job.save_steps == 0
 
     def save(self, progress: Progress, best: dict[str, Tensor]) -> None:
         """Each rank its moments; rank 0 what is trained, now and at its best."""
@@ -76,7 +74,9 @@ def resume(training: Training, engine: DeepSpeedEngine, member: GangMember) -> N
             "GlobalPTQDistributed",
             [
                 f"the last checkpoint is of {world_size} worker(s), but there are "
-                f"{member.world_size}. Set num_workers={world_size}, or another output_dir."
+                f"{member.world_size}. Repeat `onecomp postprocess` with the same --num-workers "
+                "(without it: with as many GPUs as then), or with --overwrite to begin anew. In "
+                "Python, give another output_dir."
             ],
         )
     engine.restore(_tensors(member.restored / NOW_FILE))

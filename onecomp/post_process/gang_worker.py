@@ -12,10 +12,10 @@ from torch import distributed
 
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_json, write_shard
-from onecomp.models import ModelConfig
 from onecomp.post_process.deepspeed_engine import DeepSpeedEngine, partition, start_deepspeed
 from onecomp.post_process.gang import GangMember
 from onecomp.post_process.gang_checkpoints import GangCheckpoints, resume
+from onecomp.post_process.gang_device import device_of_rank
 from onecomp.post_process.gang_job import PROGRESS_FILE, TRAINED_FILE, GangJob, read_samples
 from onecomp.post_process.gang_student import held_bytes, load_student
 from onecomp.post_process.gang_teacher import gang_teacher
@@ -36,18 +36,12 @@ def train(job: GangJob, member: GangMember) -> dict[str, Any]:
     if not job.checkpoint.is_dir():
         raise InputError(
             job.checkpoint,
-            f"does not exist on node {socket.gethostname()}. Set output_dir to a directory that "
-            "every node sees.",
+            f"does not exist on node {socket.gethostname()}. Checkpoint and output (in Python: "
+            "output_dir) must lie where every node sees them.",
         )
-    device = _device(job.model_config)
+    device = device_of_rank(job.model_config)
     start_deepspeed(device)
     return _train(job, member, device)
-
-
-def _device(model_config: ModelConfig) -> torch.device:
-    """This rank's own GPU, whichever the user named, or the CPU."""
-    device = model_config.get_device()
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 def _train(job: GangJob, member: GangMember, device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from onecomp.post_process.distillation import LossWeights, training_loss
 from onecomp.post_process.engine import Engine, LocalEngine
 from onecomp.post_process.samples import TrainingSamples, training_samples
 from onecomp.post_process.student import Student, student_of
-from onecomp.post_process.teacher import LiveTeacher, Teacher, cache_is_smaller, cache_teacher
+from onecomp.post_process.teacher import Teacher, cache_teacher, require_room
 from onecomp.post_process.training import (
     Course,
     Progress,
@@ -42,8 +42,8 @@ class GlobalPTQ(PostQuantizationProcess):
     model's, in nats per token. The state with the lowest loss on held-out samples is kept, rounded
     as the checkpoint stores it; if none is better than the beginning, the model stays as it was.
 
-    The original model is never held beside the student: its most probable tokens are kept in
-    files beforehand, unless those would be larger than the model itself.
+    The original model is never held beside the student: one block of it at a time tells its most
+    probable tokens beforehand, which are kept in temporary files (1.5 kB a token).
 
     Args:
         name: Name for messages.
@@ -66,6 +66,7 @@ class GlobalPTQ(PostQuantizationProcess):
 
     Raises:
         ConfigError: Settings out of range, all of them listed.
+        InputError: The disk has no room for the original model's answers.
     """
 
     epochs: int = 5
@@ -107,7 +108,7 @@ class GlobalPTQ(PostQuantizationProcess):
         course.steps_per_epoch(world_size=1)  # too few samples are found before any work
         started = time.monotonic()
         answers = TemporaryPath("onecomp-teacher-")
-        teacher = teacher_for(self._weights, samples, model_config, answers.path, course)
+        teacher = self._teacher(samples, model_config, answers.path)
         with student_of(
             quantized_model,
             model_config,
@@ -116,6 +117,21 @@ class GlobalPTQ(PostQuantizationProcess):
         ) as student:
             progress = self._train(student, samples, teacher, course)
         record(quantized_model, self, outcome_of(progress, time.monotonic() - started))
+
+    def _teacher(
+        self, samples: TrainingSamples, model_config: ModelConfig, directory: Path
+    ) -> Teacher | None:
+        """The original model's answers; None where the loss does not ask for them."""
+        if not self.w_distill:
+            return None
+        require_room(str(self.name), samples.all.numel(), directory)
+        return cache_teacher(
+            model_config,
+            samples.all,
+            directory,
+            device=model_config.get_device(),
+            temperature=self.temperature,
+        )
 
     def _train(
         self, student: Student, samples: TrainingSamples, teacher: Teacher | None, course: Course
@@ -133,6 +149,7 @@ class GlobalPTQ(PostQuantizationProcess):
     def _course(self, num_samples: int) -> Course:
         return Course(
             num_samples=num_samples,
+            name=str(self.name),
             epochs=self.epochs,
             accumulation=self.grad_accum_steps,
             schedule=warmup_then_cosine(self.warmup_ratio, self.min_lr_ratio),
@@ -149,28 +166,6 @@ def weight_problems(w_distill: float, w_ntp: float) -> list[str]:
     if not w_distill and not w_ntp:
         return ["w_distill and w_ntp are both 0: nothing would be trained. Raise one of them."]
     return []
-
-
-def teacher_for(
-    weights: LossWeights,
-    samples: TrainingSamples,
-    model_config: ModelConfig,
-    directory: Path,
-    course: Course,
-) -> Teacher | None:
-    """The teacher in the cheaper of two forms; None where the loss does not ask it."""
-    if not weights.distill:
-        return None
-    ids, device = samples.all, model_config.get_device()
-    if cache_is_smaller(model_config, ids.numel()):
-        return cache_teacher(
-            model_config, ids, directory, device=device, temperature=weights.temperature
-        )
-    logger.info(
-        "teacher: held and asked again in each of %d epochs: its answers to %d tokens would take "
-        "more room than it does", course.epochs, ids.numel(),
-    )  # fmt: skip
-    return LiveTeacher(model_config, ids, device)
 
 
 def distillation_task(
@@ -207,6 +202,8 @@ def outcome_of(progress: Progress, seconds: float) -> Outcome:
     reason = progress.gave_up
     if not progress.improved and not reason:
         reason = "no state was better on held-out samples than the beginning; nothing changed"
+        if progress.skipped:
+            reason += f" ({progress.skipped} steps were skipped: not finite)"
     return Outcome(
         executed=progress.improved,
         reason=reason,

@@ -1,8 +1,6 @@
 """Training the scales of the whole quantized model by several workers: Ray Train and DeepSpeed."""
 
-import itertools
 import logging
-import shutil
 import time
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -14,7 +12,13 @@ from onecomp.calibration import CalibrationConfig
 from onecomp.errors import ConfigError
 from onecomp.export.live import save_live_model
 from onecomp.models import ModelConfig
-from onecomp.post_process.base import CheckpointProcess, Outcome, record, require_trainable
+from onecomp.post_process.base import (
+    CheckpointProcess,
+    Outcome,
+    record,
+    require_bare,
+    require_trainable,
+)
 from onecomp.post_process.deepspeed_config import (
     StepSettings,
     batch_problems,
@@ -23,7 +27,7 @@ from onecomp.post_process.deepspeed_config import (
     read_config,
 )
 from onecomp.post_process.distillation import LossWeights
-from onecomp.post_process.gang import Gang, GangRequest, default_gang
+from onecomp.post_process.gang import Gang, GangRequest, default_gang, fresh_directory
 from onecomp.post_process.gang_job import (
     AUTO,
     NO,
@@ -45,14 +49,13 @@ from onecomp.post_process.schedules import Schedule
 from onecomp.post_process.teacher import cache_is_smaller
 from onecomp.post_process.training import Course
 from onecomp.quantizer.checks import positive_problems, ratio_problems, whole_problems
-from onecomp.storage import TemporaryPath
+from onecomp.storage import TemporaryPath, remove_tree
 
 logger = logging.getLogger(__name__)
 
 LOOP = "onecomp.post_process.gang_worker:train"
 DEFAULT_SAVE_STEPS = 500
 CHECKPOINT_FOLDER = "checkpoint"
-RUN_PREFIX = "training-"
 
 
 @dataclass
@@ -86,13 +89,13 @@ class GlobalPTQDistributed(CheckpointProcess):
         deepspeed_config: JSON file, or dict, of DeepSpeed; None for ZeRO-1. Values that this class
             has as well are ``"auto"`` there, or equal.
         output_dir: Keeps the checkpoints of the training; every node sees it. None for a
-            temporary directory.
+            temporary directory. `onecomp postprocess` has a run directory instead.
         logging_steps: Steps between progress lines.
         report_to: Integrations of Transformers that get the curves at the end; "none" for none.
         save_strategy: ``no``, ``epoch`` or ``steps``; the last two checkpoints are kept.
         save_steps: Steps between checkpoints, with ``steps``; None for 500.
         eval_interval: Epochs between evaluations.
-        num_workers: None for one on each GPU of the cluster, or one on a CPU.
+        num_workers: At least 1; None for one on each GPU of the cluster, or one on a CPU.
         address: Ray cluster; None for ``RAY_ADDRESS``, or one on this machine.
         teacher: ``streamed``: the original model's most probable tokens are kept in files, each
             worker asking for its share of the samples, one block in memory at a time;
@@ -106,7 +109,17 @@ class GlobalPTQDistributed(CheckpointProcess):
             contradicts them; all of them listed.
     """
 
-    places: ClassVar[frozenset[str]] = frozenset({"address", "max_failures"})
+    places: ClassVar[frozenset[str]] = frozenset(
+        {
+            "address",
+            "logging_steps",
+            "max_failures",
+            "output_dir",
+            "report_to",
+            "save_steps",
+            "save_strategy",
+        }
+    )
     temperature: float = 1.0
     w_distill: float = 1.0
     w_ntp: float = 0.0
@@ -157,16 +170,27 @@ class GlobalPTQDistributed(CheckpointProcess):
             "logging_steps",
             "eval_interval",
         )
-        optional = ("save_steps", "num_workers")
+        given = [] if self.save_steps is None else ["save_steps"]
         rates = ("temperature", "gptq_lr", "dbf_lr", "max_grad_norm")
-        given = [name for name in optional if getattr(self, name) is not None]
         return [
             *whole_problems({name: getattr(self, name) for name in [*counts, *given]}, 1),
+            *self._worker_problems(),
             *whole_problems({"max_failures": self.max_failures}, 0),
             *positive_problems({name: getattr(self, name) for name in rates}),
             *ratio_problems({"warmup_ratio": self.warmup_ratio}),
             *weight_problems(self.w_distill, self.w_ntp),
         ]
+
+    def _worker_problems(self) -> list[str]:
+        """What is wrong with the number of workers; elsewhere 0 stands for this process."""
+        if self.num_workers is None:
+            return []
+        if self.num_workers == 0:
+            return [
+                "num_workers=0: must be at least 1. To train in this process, use GlobalPTQ "
+                "(on the command line global_ptq)."
+            ]
+        return whole_problems({"num_workers": self.num_workers}, 1)
 
     def _choice_problems(self) -> list[str]:
         problems = [
@@ -181,6 +205,7 @@ class GlobalPTQDistributed(CheckpointProcess):
     def run(self, quantized_model: PreTrainedModel, model_config: ModelConfig) -> None:
         """Train the model in place; on the CPU and in evaluation mode afterwards."""
         layers = require_trainable(self, quantized_model, model_config)
+        require_bare(self, layers)
         samples = training_samples(str(self.name), self.calibration_config, model_config)
         temporary = None if self.output_dir else TemporaryPath("onecomp-gang-")
         with self._gang(model_config) as gang:
@@ -190,21 +215,39 @@ class GlobalPTQDistributed(CheckpointProcess):
                     str(self.name),
                     ["output_dir is needed on a cluster: a directory that every node sees."],
                 )
-            work = temporary.path if temporary else _fresh_directory(Path(str(self.output_dir)))
+            work = temporary.path if temporary else fresh_directory(Path(str(self.output_dir)))
             checkpoint = work / CHECKPOINT_FOLDER
-            save_live_model(quantized_model, checkpoint)
-            outcome = self._train(gang, checkpoint, work, model_config, samples)
+            try:
+                save_live_model(quantized_model, checkpoint)
+                outcome = self._train(gang, checkpoint, work, model_config, samples)
+            finally:
+                remove_tree(checkpoint)
         if outcome.executed:
             patch_live(layers, work)
-        shutil.rmtree(checkpoint)
         record(quantized_model, self, outcome)
+        self._report(work)
 
     def improve(self, checkpoint: Path, work: Path, model_config: ModelConfig) -> Outcome:
-        """Train a checkpoint directory; no process holds more of the model than its share."""
+        """Train a checkpoint directory; no process holds more of the model than its share.
+
+        Raises:
+            ConfigError: ``output_dir`` is set, or the settings do not fit the workers.
+        """
+        if self.output_dir is not None:
+            raise ConfigError(
+                str(self.name),
+                [
+                    f"output_dir={self.output_dir!r}: a checkpoint is trained in the run directory "
+                    "beside --output, and nowhere else. Leave output_dir out."
+                ],
+            )
         samples = training_samples(str(self.name), self.calibration_config, model_config)
+        work = work.absolute()
         with self._gang(model_config) as gang:
             self._require_fit(gang, samples)
-            return self._train(gang, checkpoint.absolute(), work.absolute(), model_config, samples)
+            outcome = self._train(gang, checkpoint.absolute(), work, model_config, samples)
+        self._report(work)
+        return outcome
 
     def _gang(self, model_config: ModelConfig) -> Gang:
         return default_gang(
@@ -237,11 +280,19 @@ class GlobalPTQDistributed(CheckpointProcess):
         if not (work / PROGRESS_FILE).exists():
             write_samples(work, samples)
             gang.run(LOOP, job, work)
-        progress = read_progress(work)
-        report_history(progress, self.report_to, work)
-        if progress.improved:
+        if read_progress(work).improved:
             write_patches(checkpoint, work, model_config)
         return gang_outcome(work, job.engine.stage, time.monotonic() - started)
+
+    def _report(self, work: Path) -> None:
+        """Tell the integrations, last: by now no error of theirs can cost the training."""
+        try:
+            report_history(read_progress(work), self.report_to, work)
+        except Exception as error:  # noqa: BLE001 - integrations raise classes of their own
+            logger.warning(
+                "report_to=%r did not get the curves (%s: %s); the result is not affected",
+                self.report_to, type(error).__name__, error,
+            )  # fmt: skip
 
     def _job(
         self, checkpoint: Path, work: Path, model_config: ModelConfig, samples: TrainingSamples
@@ -291,12 +342,3 @@ class GlobalPTQDistributed(CheckpointProcess):
             gptq_lr=self.gptq_lr,
             bf16=self.bf16,
         )
-
-
-def _fresh_directory(parent: Path) -> Path:
-    """A new folder in the user's directory: what earlier trainings left there stays."""
-    taken = {path.name for path in parent.glob(f"{RUN_PREFIX}*")}
-    names = (f"{RUN_PREFIX}{number:04d}" for number in itertools.count(1))
-    work = parent.expanduser().absolute() / next(name for name in names if name not in taken)
-    work.mkdir(parents=True)
-    return work

@@ -108,6 +108,8 @@ def make_process(
     kind = PROCESSES[name]
     known = {item.name for item in fields(kind) if item.init}
     values = {key: value for key, value in options.items() if value is not None}
+    if values.get("num_workers") == 0 and "num_workers" not in known:
+        del values["num_workers"]  # this process, where it is anyway
     problems = [
         f"--{key.replace('_', '-')}: {name} has no such setting. Leave it out."
         for key in values

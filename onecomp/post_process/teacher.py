@@ -1,6 +1,6 @@
-"""What the teacher says of the training text: kept in files, or asked of a live teacher again.
+"""What the teacher says of the training text, kept in files.
 
-Kept, the teacher is never held: samples are carried through its blocks one after the other, and of
+The teacher is never held: samples are carried through its blocks one after the other, and of
 the last logits the most probable tokens are written to files, which are read when they are needed.
 """
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from onecomp.calibration.shards import MICRO_BATCH_TOKENS
+from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_shard
 from onecomp.models import ModelConfig, Skeleton
 from onecomp.models.calls import (
@@ -26,7 +27,8 @@ from onecomp.models.calls import (
 )
 from onecomp.models.layout import blocks_return_tuples
 from onecomp.models.skeleton import fill_outside
-from onecomp.post_process.distillation import TeacherDistribution, TopTokens, WholeDistribution
+from onecomp.post_process.distillation import TeacherDistribution, TopTokens
+from onecomp.resources import free_disk
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ KEPT_TOKENS = 256
 """Most probable tokens that are kept of a position."""
 BYTES_PER_TOKEN = 6
 """Of a kept token: its number in four bytes, the logarithm of its probability in two."""
+BYTES_OF_REST = 4
+"""Of a position: the mass of all others."""
 
 
 class Teacher(ABC):
@@ -42,28 +46,6 @@ class Teacher(ABC):
     @abstractmethod
     def distribution(self, samples: Sequence[int]) -> TeacherDistribution:
         """Of the samples, in their order, on the student's device."""
-
-
-class LiveTeacher(Teacher):
-    """Holds the original model and asks it in every step.
-
-    Args:
-        model_config: The original model; loaded whole.
-        input_ids: All samples.
-        device: Where it computes.
-    """
-
-    def __init__(
-        self, model_config: ModelConfig, input_ids: Int[Tensor, "all length"], device: torch.device
-    ):
-        self.model = model_config.load_model(device_map="cpu").to(device)
-        self.input_ids, self.device = input_ids, device
-
-    def distribution(self, samples: Sequence[int]) -> WholeDistribution:
-        """All logits."""
-        ids = self.input_ids[list(samples)].to(self.device)
-        with torch.no_grad():
-            return WholeDistribution(self.model(input_ids=ids, use_cache=False).logits)
 
 
 class CachedTeacher(Teacher):
@@ -83,6 +65,7 @@ class CachedTeacher(Teacher):
         return TopTokens(
             torch.stack([tensors["ids"] for tensors in kept]).to(self.device),
             torch.stack([tensors["log_probs"] for tensors in kept]).to(self.device),
+            torch.stack([tensors["rest"] for tensors in kept]).to(self.device),
         )
 
 
@@ -98,8 +81,28 @@ def cache_is_smaller(model_config: ModelConfig, num_tokens: int) -> bool:
     """
     headers = model_config.source.headers()
     weights = sum(math.prod(stored.shape) for stored in headers.values())
-    itemsize = model_config.torch_dtype.itemsize
-    return num_tokens * KEPT_TOKENS * BYTES_PER_TOKEN <= weights * itemsize
+    return cache_bytes(num_tokens) <= weights * model_config.torch_dtype.itemsize
+
+
+def cache_bytes(num_tokens: int) -> int:
+    """What the files of kept tokens take at most, without their headers."""
+    return num_tokens * (KEPT_TOKENS * BYTES_PER_TOKEN + BYTES_OF_REST)
+
+
+def require_room(process: str, num_tokens: int, directory: Path) -> None:
+    """Check that a disk has room for the files of kept tokens.
+
+    Raises:
+        InputError: It has not.
+    """
+    needed, free = cache_bytes(num_tokens), free_disk(directory)
+    if needed > free:
+        raise InputError(
+            process,
+            f"the original model's answers to {num_tokens} tokens take {needed / 1e9:.1f} GB, but "
+            f"{directory} has {free / 1e9:.1f} GB free. Set TMPDIR to a larger disk, or use fewer "
+            "or shorter samples.",
+        )
 
 
 def cache_teacher(
@@ -136,7 +139,9 @@ def cache_teacher(
         top = TopTokens.of(logits, KEPT_TOKENS, temperature)
         rest += float(top.rest.mean(-1).sum())
         for row, number in enumerate(batch):
-            tensors = {"ids": top.ids[row], "log_probs": top.log_probs[row]}
+            tensors = {
+                "ids": top.ids[row], "log_probs": top.log_probs[row], "rest": top.rest[row],
+            }  # fmt: skip
             write_shard(directory, _file_name(number), tensors)
     logger.info(
         "teacher: the %d most probable tokens of each position kept for %d samples; all others "

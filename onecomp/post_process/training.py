@@ -30,6 +30,8 @@ class Course:
 
     num_samples: int
     epochs: int
+    name: str = "training"
+    """What messages call it."""
     batch_size: int = 1
     """Samples of a micro-batch, on each rank."""
     accumulation: int = 1
@@ -56,7 +58,7 @@ class Course:
         needed = self.samples_per_step(world_size)
         if self.num_samples < needed:
             raise ConfigError(
-                "training",
+                self.name,
                 [
                     f"{self.num_samples} training samples are fewer than the {needed} of one step "
                     f"(batch size {self.batch_size} x accumulation {self.accumulation} x "

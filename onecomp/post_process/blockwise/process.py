@@ -19,6 +19,7 @@ from onecomp.post_process.base import (
     CheckpointProcess,
     Outcome,
     record,
+    require_bare,
     require_trainable,
 )
 from onecomp.post_process.blockwise.span import Rates
@@ -119,6 +120,7 @@ class BlockWisePTQ(CheckpointProcess):
     def run(self, quantized_model: PreTrainedModel, model_config: ModelConfig) -> None:
         """Train the model in place; on the CPU and in evaluation mode afterwards."""
         layers = require_trainable(self, quantized_model, model_config)
+        require_bare(self, layers)
         samples = self._samples(model_config)
         place = TemporaryPath("onecomp-blockwise-")
         save_live_model(quantized_model, place.path / "checkpoint")
@@ -148,6 +150,7 @@ class BlockWisePTQ(CheckpointProcess):
     ) -> Outcome:
         started = time.monotonic()
         patches = Patches(work / PATCHES)
+        earlier = sum(notes["seconds"] for notes in patches.notes())
         executor = default_executor(self.num_workers, address=self.address)
         executor.limit(self.batch_size)
         try:
@@ -155,7 +158,7 @@ class BlockWisePTQ(CheckpointProcess):
             before, after = tuning.run()
         finally:
             executor.stop()
-        return _outcome(before, after, tuning.reports, time.monotonic() - started)
+        return _outcome(before, after, tuning.reports, time.monotonic() - started + earlier)
 
     def _tuning(
         self,
@@ -206,10 +209,14 @@ class BlockWisePTQ(CheckpointProcess):
 
 def _outcome(before: float, after: float, reports: Sequence[SpanReport], seconds: float) -> Outcome:
     is_better = after < before
+    skipped = sum(report.skipped for report in reports)
+    reason = "" if is_better else ROLLED_BACK
+    if reason and skipped:
+        reason += f"; {skipped} steps were skipped: not finite"
     logger.info("divergence from the original, held out: %.4f -> %.4f nats a token", before, after)
     return Outcome(
         executed=is_better,
-        reason="" if is_better else ROLLED_BACK,
+        reason=reason,
         held_out_before=before,
         held_out_after=min(before, after),
         seconds=round(seconds, 1),
@@ -218,6 +225,7 @@ def _outcome(before: float, after: float, reports: Sequence[SpanReport], seconds
             "improved_spans": sum(report.after < report.before for report in reports),
             "changed_decisions": sum(report.changed for report in reports),
             "trained_decisions": sum(report.decisions for report in reports),
-            "skipped_steps": sum(report.skipped for report in reports),
+            "skipped_steps": skipped,
+            "spans_given_up": sum(report.gave_up for report in reports),
         },
     )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from onecomp.export.checkpoint import CONFIG, write_shard
+from onecomp.export.checkpoint import CONFIG, write_json, write_shard
 from onecomp.export.load import load_layer, read_json
 from onecomp.export.quant_config import LayerFormat, quantized_layers
 from onecomp.models.skeleton import Skeleton, fill
@@ -43,6 +43,16 @@ class Patches:
         """Write a span's tensors by full name, atomically."""
         path = self.path(phase, first)
         write_shard(path.parent, path.name, tensors)
+
+    def note(self, phase: int, first: int, notes: Mapping[str, Any]) -> None:
+        """Write, before a span's tensors, what is to be known of it."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self.path(phase, first).with_suffix(".json"), dict(notes))
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What is known of each finished span, in the order of training."""
+        finished = sorted(self.directory.glob("phase*.safetensors"))
+        return [read_json(path.with_suffix(".json")) for path in finished]
 
     def of_block(self, index: int, prefix: str) -> dict[str, Tensor]:
         """What was learned of the tensors of one block, the latest of each, by full name."""

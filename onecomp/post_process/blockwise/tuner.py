@@ -101,7 +101,7 @@ class BlockTuner:
         self._span: Span | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._start: Tensor | None = None
-        self._skipped = 0
+        self._skipped = self._in_a_row = 0
 
     # Samples
 
@@ -118,12 +118,8 @@ class BlockTuner:
     def _embed(self, interner: CallInterner, ids: Tensor, *, judges: bool) -> _Sample:
         ids = ids[None].to(self.device)
         hidden, calls = record_calls(self.outside, ids, None, returns_tuple=self.returns_tuple)
-        copies: dict[int, Tensor] = {}
-
-        def usable(tensor: Tensor) -> Tensor:  # autograd takes none that were made for inference
-            return copies.setdefault(id(tensor), tensor.clone())
-
-        calls = [interner.intern(call).map_tensors(usable) for call in calls]
+        # Copies, as autograd takes no tensors that were made for inference; equal ones once.
+        calls = [interner.intern(call.map_tensors(Tensor.clone)) for call in calls]
         hidden = hidden.clone().cpu()
         return _Sample(ids.cpu(), calls, hidden, hidden, hidden if judges else None)
 
@@ -175,7 +171,7 @@ class BlockTuner:
             sample.target = hidden
         self._first, self._count, self._originals = first, count, originals
         self._span = Span(students, originals, rates, uses_bf16=self.settings.uses_bf16)
-        self._optimizer, self._start, self._skipped = None, None, 0
+        self._optimizer, self._start, self._skipped, self._in_a_row = None, None, 0, 0
 
     def parameters(self) -> Float[Tensor, "numbers"]:
         """The span's parameters; whoever is asked becomes its owner."""
@@ -222,7 +218,9 @@ class BlockTuner:
         norm = mean.norm()
         if not bool(norm.isfinite()):
             self._skipped += 1
+            self._in_a_row += 1
             return self._span.vector()
+        self._in_a_row = 0
         mean *= min(1.0, self.settings.grad_clip / max(float(norm), 1e-12))
         sizes = [p.numel() for p in self._span.parameters]
         for slot, gradient in zip(self._span.slots, mean.split(sizes), strict=True):
@@ -244,6 +242,10 @@ class BlockTuner:
                 ]
                 for shard, held in self._shards.items()
             }
+
+    def skipped_in_a_row(self) -> int:
+        """Steps skipped since the last that was made."""
+        return self._in_a_row
 
     def tally(self, vector: Float[Tensor, "numbers"]) -> tuple[int, int, int]:
         """Decisions that changed since the beginning, all decisions, steps skipped."""

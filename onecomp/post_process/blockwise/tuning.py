@@ -2,8 +2,9 @@
 
 import logging
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from onecomp.errors import OneCompError, WorkerError
 from onecomp.executor import Executor, Ref
@@ -15,7 +16,7 @@ from onecomp.post_process.blockwise.tuner import (
     TunerSettings,
     sample_positions,
 )
-from onecomp.post_process.training import warmup_then_cosine
+from onecomp.post_process.training import MOST_SKIPPED_STEPS, warmup_then_cosine
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class SpanReport:
     """Codes or signs that were trained."""
     skipped: int
     """Steps whose gradient was not finite."""
+    gave_up: bool
+    """Whether training ended early, as too many of them came in a row."""
+    seconds: float
 
     def __str__(self) -> str:
         flips = f"  changed {self.changed / self.decisions:.2%}" if self.decisions else ""
@@ -84,6 +88,7 @@ class Tuning:
     num_blocks: int
     seed: int = 0
     reports: list[SpanReport] = field(default_factory=list)
+    """Of all finished spans, those of an earlier call included."""
 
     @property
     def patches(self) -> Patches:
@@ -116,6 +121,7 @@ class Tuning:
                 logger.warning("%s; all workers begin again at the first unfinished span", error)
 
     def _attempt(self) -> tuple[float, float]:
+        self.reports = [SpanReport(**notes) for notes in self.patches.notes()]
         for phase in self.phases:
             self._start()
             for index in range(self.num_blocks):
@@ -123,9 +129,7 @@ class Tuning:
                 if self.patches.has(phase.number, index) or not self._can_train(span):
                     self._all("pass_by", index)
                 else:
-                    report = self._tune(phase, index)
-                    self.reports.append(report)
-                    logger.info("%s", report)
+                    self._tune(phase, index)
         return self._judge_model()
 
     def _can_train(self, span: range) -> bool:
@@ -150,12 +154,33 @@ class Tuning:
         refs = [self.executor.submit(worker, method, *arguments)[0] for worker in self._busy]
         return self.executor.fetch(refs)
 
-    def _tune(self, phase: Phase, first: int) -> SpanReport:
+    def _tune(self, phase: Phase, first: int) -> None:
+        started = time.monotonic()
         self._all("open_span", first, phase.span, phase.rates)
         owner = self._busy[0]
         [vector] = self.executor.submit(owner, "parameters")
-        before = best = self._judge(vector)
-        kept = vector
+        before = self._judge(vector)
+        best, kept, gave_up = self._train(phase, owner, vector, before)
+        tally = self.executor.submit(owner, "tally", kept)
+        [(changed, decisions, skipped)] = self.executor.fetch(tally)
+        report = SpanReport(
+            phase=phase.number, first=first, before=before, after=best,
+            changed=changed, decisions=decisions, skipped=skipped, gave_up=gave_up,
+            seconds=round(time.monotonic() - started, 1),
+        )  # fmt: skip
+        self.patches.note(phase.number, first, asdict(report))
+        self._close(kept, phase.number)
+        self.reports.append(report)
+        logger.info("%s", report)
+        if skipped:
+            ends = "; training it ended early, with the best state before" if gave_up else ""
+            logger.warning("block %d: %d steps skipped: not finite%s", first, skipped, ends)
+
+    def _train(
+        self, phase: Phase, owner: int, vector: Ref, before: float
+    ) -> tuple[float, Ref, bool]:
+        """Lowest held-out loss, the parameters that have it, whether training was given up."""
+        best, kept = before, vector
         schedule = warmup_then_cosine(WARMUP_RATIO, MIN_LR_RATIO)
         interval = max(1, phase.epochs // EVALUATIONS)
         steps = [sample_positions(self.shards, self.seed, epoch) for epoch in range(phase.epochs)]
@@ -168,13 +193,10 @@ class Tuning:
                 loss = self._judge(vector)
                 if loss < best:
                     best, kept = loss, vector
-        tally = self.executor.submit(owner, "tally", kept)
-        [(changed, decisions, skipped)] = self.executor.fetch(tally)
-        self._close(kept, phase.number)
-        return SpanReport(
-            phase=phase.number, first=first, before=before, after=best,
-            changed=changed, decisions=decisions, skipped=skipped,
-        )  # fmt: skip
+                [in_a_row] = self.executor.fetch(self.executor.submit(owner, "skipped_in_a_row"))
+                if in_a_row >= MOST_SKIPPED_STEPS:
+                    return best, kept, True
+        return best, kept, False
 
     def _step(self, owner: int, position: dict[int, int], vector: Ref, lr_factor: float) -> Ref:
         gradients = [

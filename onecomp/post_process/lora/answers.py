@@ -21,7 +21,7 @@ from onecomp.models import ModelConfig
 from onecomp.post_process.distillation import TeacherDistribution, TopTokens, WholeDistribution
 from onecomp.post_process.lora.outputs import Outputs, blocks_of, outputs_of
 from onecomp.post_process.lora.tokens import Batch, TokenFile
-from onecomp.post_process.teacher import KEPT_TOKENS
+from onecomp.post_process.teacher import BYTES_OF_REST, KEPT_TOKENS
 from onecomp.resources import free_disk
 
 logger = logging.getLogger(__name__)
@@ -126,8 +126,8 @@ class KeptAnswers(Answers):
         joined = {key: torch.cat([file[key] for file in files]).to(device) for key in files[0]}
         hidden = {index: joined[_block_key(index)] for index in self.question.blocks}
         if self.question.loss_type == KL:
-            ids, log_probs = joined["ids"].unsqueeze(0), joined["log_probs"].unsqueeze(0)
-            return Answer(TopTokens(ids, log_probs), hidden)
+            top = (joined[key].unsqueeze(0) for key in ("ids", "log_probs", "rest"))
+            return Answer(TopTokens(*top), hidden)
         if self.question.loss_type == MSE:
             return Answer(WholeDistribution(joined["logits"].unsqueeze(0)), hidden)
         return Answer(None, hidden)
@@ -190,8 +190,9 @@ def _kept_tensors(said: Outputs, question: Question, kept: Kept) -> dict[str, Te
         _block_key(index): states.to(kept.hidden_dtype) for index, states in said.hidden.items()
     }
     if question.loss_type == KL:
-        top = TopTokens.of(said.predictions.unsqueeze(0), KEPT_TOKENS, kept.temperature)
-        tensors |= {"ids": top.ids[0], "log_probs": top.log_probs[0].to(kept.logits_dtype)}
+        logits, dtype = said.predictions.unsqueeze(0), kept.logits_dtype
+        top = TopTokens.of(logits, KEPT_TOKENS, kept.temperature, dtype=dtype)
+        tensors |= {"ids": top.ids[0], "log_probs": top.log_probs[0], "rest": top.rest[0]}
     elif question.loss_type == MSE:
         tensors["logits"] = said.predictions.to(kept.logits_dtype)
     return tensors
@@ -211,7 +212,8 @@ def kept_bytes(
     """
     of_target = 0
     if question.loss_type == KL:
-        of_target = min(KEPT_TOKENS, vocabulary) * (ID_BYTES + kept.logits_dtype.itemsize)
+        of_entry = ID_BYTES + kept.logits_dtype.itemsize
+        of_target = min(KEPT_TOKENS, vocabulary) * of_entry + BYTES_OF_REST
     elif question.loss_type == MSE:
         of_target = vocabulary * kept.logits_dtype.itemsize
     of_token = len(question.blocks) * hidden_size * kept.hidden_dtype.itemsize

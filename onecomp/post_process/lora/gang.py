@@ -1,6 +1,8 @@
 """Training adapters by several workers together, each with the whole quantized model."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 
 from onecomp.errors import ConfigError
 from onecomp.export.live import save_live_model
-from onecomp.post_process.gang import Gang, GangRequest, default_gang
+from onecomp.post_process.gang import Gang, GangRequest, default_gang, fresh_directory
 from onecomp.post_process.lora.adapter import adapter_parameters
 from onecomp.post_process.lora.train import TOKEN_FILE, LoraJob
 from onecomp.post_process.training import Progress
@@ -17,7 +19,6 @@ from onecomp.post_process.training import Progress
 LOOP = "onecomp.post_process.lora.gang_worker:train"
 CHECKPOINT_FOLDER = "checkpoint"
 TRAINED_FILE = "trained.safetensors"
-SHARED_FOLDER = "training"
 
 
 def train_together(
@@ -37,8 +38,7 @@ def train_together(
         ConfigError: A cluster of several machines, and no directory that they share.
         InputError: The teacher's answers do not fit the disk.
     """
-    with default_gang(request) as gang:
-        shared = _shared_directory(job, gang, output_dir)
+    with default_gang(request) as gang, _shared_directory(job, gang, output_dir) as shared:
         placed = replace(job, directory=shared)
         job.teaching.check_room(job.tokens(), shared)
         save_live_model(model, shared / CHECKPOINT_FOLDER)
@@ -46,15 +46,18 @@ def train_together(
         trained = load_file(shared / TRAINED_FILE)
         for name, parameter in adapter_parameters(model).items():
             parameter.data.copy_(trained[name])
-        if shared != job.directory:
-            shutil.rmtree(shared)
     return progress
 
 
-def _shared_directory(job: LoraJob, gang: Gang, output_dir: Path | None) -> Path:
-    """Where every worker sees the samples: beside the adapter, if there are several machines."""
+@contextmanager
+def _shared_directory(job: LoraJob, gang: Gang, output_dir: Path | None) -> Iterator[Path]:
+    """Where every worker sees the samples: beside the adapter, if there are several machines.
+
+    There it is a new directory, which is gone after the context, with errors too.
+    """
     if gang.is_one_machine:
-        return job.directory
+        yield job.directory
+        return
     if output_dir is None:
         raise ConfigError(
             job.teaching.process,
@@ -63,8 +66,9 @@ def _shared_directory(job: LoraJob, gang: Gang, output_dir: Path | None) -> Path
                 "all of them see. Set output_dir to one."
             ],
         )
-    shared = output_dir / SHARED_FOLDER
-    shutil.rmtree(shared, ignore_errors=True)
-    shared.mkdir(parents=True)
-    shutil.copy(job.directory / TOKEN_FILE, shared / TOKEN_FILE)
-    return shared
+    shared = fresh_directory(output_dir)
+    try:
+        shutil.copy(job.directory / TOKEN_FILE, shared / TOKEN_FILE)
+        yield shared
+    finally:
+        shutil.rmtree(shared)

@@ -2,7 +2,7 @@
 
 import json
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_json, write_shard
 from onecomp.export.load import load_quantized_model
+from onecomp.models import ModelConfig
 from onecomp.post_process.engine import LocalEngine
 from onecomp.post_process.gang import GangMember
+from onecomp.post_process.gang_device import device_of_rank
 from onecomp.post_process.lora.adapter import adapter_parameters, adapters_on_trial
 from onecomp.post_process.lora.gang import CHECKPOINT_FOLDER, TRAINED_FILE
 from onecomp.post_process.lora.replicated import ReplicatedEngine
@@ -47,7 +49,20 @@ def train(job: LoraJob, member: GangMember) -> dict[str, Any]:
     )
     layers = {name: model.get_submodule(name) for name in job.targets}
     with adapters_on_trial(model, layers, job.config, job.seed):
-        return asdict(_train(job, member, model))
+        return asdict(_train(_on_this_rank(job), member, model))
+
+
+def _on_this_rank(job: LoraJob) -> LoraJob:
+    """The job with this rank's own GPU, for the teacher too, wherever it names one."""
+    return replace(
+        job,
+        model_config=_placed(job.model_config),
+        teaching=replace(job.teaching, teacher=_placed(job.teaching.teacher)),
+    )
+
+
+def _placed(model_config: ModelConfig) -> ModelConfig:
+    return replace(model_config, device=str(device_of_rank(model_config)))
 
 
 def _train(job: LoraJob, member: GangMember, model: PreTrainedModel) -> Progress:

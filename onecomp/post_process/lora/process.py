@@ -95,7 +95,7 @@ class PostProcessLoraSFT(PostQuantizationProcess):
         intermediate_cache_dtype: Type of what is kept; None for float16.
         held_out_ratio: Share of the samples that is held out to judge by, at least one sample.
         max_grad_norm: Largest norm of all gradients together.
-        num_workers: Processes that train together as a Ray job; None or 1 for this one.
+        num_workers: Processes that train together as a Ray job; None, 0 or 1 for this one.
 
     Raises:
         ConfigError: Settings out of range, all of them listed.
@@ -233,6 +233,7 @@ class PostProcessLoraSFT(PostQuantizationProcess):
                 dtype=self.teacher_dtype,
                 device=self.teacher_device,
             ),
+            float32_on_cpu=self.teacher_dtype is None,
             question=Question(self.teacher_loss_type if self.teacher_loss_weight else None, blocks),
             keeps_logits=self.cache_teacher_outputs,
             keeps_hidden=self.cache_intermediate_outputs,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from onecomp.post_process.engine import Engine, LocalEngine
+from onecomp.post_process.gang import totals
 
 
 class ReplicatedEngine(Engine):
@@ -43,11 +44,7 @@ class ReplicatedEngine(Engine):
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sums in the order of the ranks: the same bits on all of them."""
-        device = self._parameters[0].device
-        mine = torch.tensor(values, dtype=torch.float64, device=device)
-        of_ranks = [torch.empty_like(mine) for _ in range(self.world_size)]
-        distributed.all_gather(of_ranks, mine)
-        return [sum(column) for column in zip(*(row.tolist() for row in of_ranks), strict=True)]
+        return totals(values, self._parameters[0].device)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the parameters."""

@@ -23,13 +23,15 @@ def problems_of(settings: Mapping[str, Any]) -> list[str]:
     def chosen(names: tuple[str, ...]) -> dict[str, Any]:
         return {name: settings[name] for name in names}
 
-    given = {name: value for name, value in settings.items() if value is not None}
-    optional = ("max_train_samples", "num_workers")
+    def given(name: str) -> dict[str, Any]:
+        return {} if settings[name] is None else chosen((name,))
+
     return [
         *_text_problems(settings),
         *whole_problems(chosen(("max_length",)), 2),
         *whole_problems(chosen((*COUNTS, "logging_steps")), 1),
-        *whole_problems({name: given[name] for name in optional if name in given}, 1),
+        *whole_problems(given("max_train_samples"), 1),
+        *whole_problems(given("num_workers"), 0),
         *positive_problems(chosen(POSITIVE)),
         *_range_problems(settings),
         *_weight_problems(chosen(WEIGHTS)),

@@ -1,12 +1,13 @@
 """The quantized model while its adapters are trained."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import PreTrainedModel
 
 from onecomp.models import ModelConfig
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 DENSE_SHARE = 0.5
 """Of the free memory, what dequantized weights may take; activations need the other half."""
+LOCAL_RANKS = "LOCAL_WORLD_SIZE"
+"""Variable in which Ray Train, as torchrun, tells a worker how many there are on its machine."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,19 +101,32 @@ def training_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def dense_weights_fit(model: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the dequantized weights of all quantized layers fit the memory that is free."""
+    """Whether the dequantized weights of all quantized layers fit the memory that is free.
+
+    Ranks on one machine share its memory evenly; GPUs they have for themselves.
+    """
     needed = dtype.itemsize * sum(
         layer.in_features * layer.out_features
         for layer in model.modules()
         if isinstance(layer, QuantLinear)
     )
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = free_host_memory() // ranks_on_machine()
     fits = needed <= DENSE_SHARE * free
     logger.info(
         "frozen weights are dequantized %s (%.2f GB, %.2f GB free)",
         "once" if fits else "in every pass", needed / 1e9, free / 1e9,
     )  # fmt: skip
     return fits
+
+
+def ranks_on_machine() -> int:
+    """How many ranks of a gang are on this machine, all where nothing tells; 1 without a gang."""
+    if not distributed.is_initialized():
+        return 1
+    return int(os.environ.get(LOCAL_RANKS, distributed.get_world_size()))
 
 
 def prefers_bf16(device: torch.device) -> bool:

@@ -31,6 +31,9 @@ class Teaching:
     process: str
     """Name for messages."""
     teacher: ModelConfig
+    """Its device may be ``auto``, which each process settles for itself."""
+    float32_on_cpu: bool
+    """Whether it computes in float32 where its device is a CPU."""
     question: Question
     keeps_logits: bool
     keeps_hidden: bool
@@ -83,9 +86,15 @@ class Teaching:
         """
         kept, live = self._parts()
         if not kept:
-            return LiveAnswers(self.teacher, live) if live else None
-        read = keep_answers(self.teacher, kept, self.kept, tokens, directory, samples)
-        return BothAnswers(read, LiveAnswers(self.teacher, live)) if live else read
+            return LiveAnswers(self.teacher_here(), live) if live else None
+        read = keep_answers(self.teacher_here(), kept, self.kept, tokens, directory, samples)
+        return BothAnswers(read, LiveAnswers(self.teacher_here(), live)) if live else read
+
+    def teacher_here(self) -> ModelConfig:
+        """The teacher in the precision for the device that it has in this process."""
+        if self.float32_on_cpu and self.teacher.get_device().type == "cpu":
+            return replace(self.teacher, dtype="float32")
+        return self.teacher
 
     def _parts(self) -> tuple[Question, Question]:
         return split_question(
@@ -131,11 +140,10 @@ def teacher_config(
         original: The model before it was quantized.
         model_id: Another one on the Hub.
         path: Another one in a directory.
-        dtype: Its precision; None for the original's, float32 on a CPU.
+        dtype: Its precision; None for the original's.
         device: Where it computes; None for the original's.
     """
-    place = device or str(original.get_device())
-    precision = dtype or ("float32" if place.startswith("cpu") else original.dtype)
+    place, precision = device or original.device, dtype or original.dtype
     if model_id is None and path is None:
         return replace(original, dtype=precision, device=place)
     return ModelConfig(

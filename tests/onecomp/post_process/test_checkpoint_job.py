@@ -180,7 +180,7 @@ def test_a_process_of_the_users_own_is_recorded(blockwise: PostProcessJob, subje
 def test_finished_spans_stay_and_give_the_same_checkpoint(blockwise: PostProcessJob):
     blockwise.run()
     patches, weights = patches_of(blockwise), weights_of(blockwise.output)
-    assert len(patches) == 2
+    assert len(patches) == 4  # tensors and notes of two blocks
     shutil.rmtree(blockwise.output)
     blockwise.run()
     assert patches_of(blockwise) == patches
@@ -190,7 +190,7 @@ def test_finished_spans_stay_and_give_the_same_checkpoint(blockwise: PostProcess
 def test_only_spans_that_are_not_finished_are_trained(blockwise: PostProcessJob):
     blockwise.run()
     patches, weights = patches_of(blockwise), weights_of(blockwise.output)
-    first, last = sorted(patches)
+    first, last = sorted(name for name in patches if name.endswith(".safetensors"))
     shutil.rmtree(blockwise.output)
     (blockwise.work / PATCHES / last).unlink()
     blockwise.run()

@@ -8,7 +8,9 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from onecomp.errors import ConfigError
 from onecomp.post_process.deepspeed_config import (
+    ADAM_AS_IT_IS,
     COUNTS,
+    OFFLOAD_KEYS,
     SECTIONS,
     SWITCHES,
     StepSettings,
@@ -58,7 +60,8 @@ WITHOUT_TENSORS = {
         ({"fp16": {"enabled": True}}, r"fp16\.enabled=True: scales are trained in float32"),
         ({"bf16": {"enabled": False}}, r"bf16\.enabled=False contradicts bf16=True"),
         ({"bf16": True}, "bf16=True: must be an object"),
-        ({"optimizer": {"type": "Lamb"}}, r"optimizer\.type='Lamb'"),
+        ({"optimizer": {"type": "Lamb"}}, r"optimizer\.type='Lamb': must be AdamW"),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer\.type='Adam': must be AdamW"),
         ({"optimizer": {"params": {"lr": 0.1}}}, r"optimizer\.params\.lr=0\.1 contradicts gptq_lr"),
         ({"optimizer": {"params": {"beta": 0.1}}}, r"optimizer\.params\.beta is unknown"),
         ({"optimizer": {"params": {"betas": [0.9]}}}, r"params\.betas=\[0\.9\]: must be two"),
@@ -76,6 +79,57 @@ WITHOUT_TENSORS = {
 )
 def test_a_wrong_key_is_named_where_the_process_is_made(config, told):
     with pytest.raises(ConfigError, match=f"deepspeed_config: .*{told}"):
+        GlobalPTQDistributed(deepspeed_config=config)
+
+
+@pytest.mark.parametrize("key", ADAM_AS_IT_IS)
+def test_the_optimizer_is_not_another_than_the_file_says(key):
+    wanted = ADAM_AS_IT_IS[key]
+    told = rf"optimizer\.params\.{key}={not wanted}: must be {str(wanted).lower()}, as scales are "
+    with pytest.raises(ConfigError, match=told):
+        GlobalPTQDistributed(deepspeed_config={"optimizer": {"params": {key: not wanted}}})
+    for value in (wanted, "auto"):
+        GlobalPTQDistributed(deepspeed_config={"optimizer": {"params": {key: value}}})
+
+
+@pytest.mark.parametrize("section", OFFLOAD_KEYS)
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"device": "nvmee"}, r"\.device='nvmee': must be none, cpu or nvme\."),
+        ({"device": None}, r"\.device=None: must be none, cpu or nvme\."),
+        ({"devic": "cpu"}, r"\.devic is unknown\."),
+        ({"device": "nvme"}, r"\.nvme_path='auto': must be a directory, as device is nvme\."),
+        ({"device": "nvme", "nvme_path": None}, r"\.nvme_path=None: must be a directory"),
+    ],
+)
+def test_a_wrong_key_of_an_offload_section_is_named(section, given, told):
+    config = {"zero_optimization": {"stage": 3, section: given}}
+    with pytest.raises(ConfigError, match=rf"zero_optimization\.{section}{told}") as caught:
+        GlobalPTQDistributed(deepspeed_config=config)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "device", "least_stage"),
+    [
+        ("offload_optimizer", "none", 0),
+        ("offload_optimizer", "cpu", 0),
+        ("offload_optimizer", "nvme", 3),
+        ("offload_param", "none", 0),
+        ("offload_param", "cpu", 3),
+        ("offload_param", "nvme", 3),
+    ],
+)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_a_stage_would_not_offload_is_refused(section, device, least_stage, stage):
+    given = {"device": device, "nvme_path": "/fast"}
+    config = {"zero_optimization": {"stage": stage, section: given}}
+    if stage >= least_stage:
+        GlobalPTQDistributed(deepspeed_config=config)
+        return
+    told = rf"{section}\.device='{device}': must be none below stage 3 \(stage={stage}\)"
+    with pytest.raises(ConfigError, match=told):
         GlobalPTQDistributed(deepspeed_config=config)
 
 
@@ -119,6 +173,20 @@ def test_keys_of_the_sharding_are_those_of_deepspeed():
     assert ours <= known
     aliased = {name for name, field in fields if field.alias is not None}
     assert known - ours - WITHOUT_TENSORS - aliased == set()
+
+
+@pytest.mark.parametrize("section", OFFLOAD_KEYS)
+def test_keys_of_an_offload_section_are_those_of_deepspeed(section):
+    made = DeepSpeedZeroConfig(**{section: {}})
+    assert OFFLOAD_KEYS[section] == type(getattr(made, section)).model_fields.keys()
+
+
+@pytest.mark.parametrize("value", ["auto", None])
+def test_what_is_left_open_is_left_to_deepspeed(value):
+    given = dict.fromkeys((SWITCHES | COUNTS | SECTIONS) - {"stage"}, value)
+    GlobalPTQDistributed(deepspeed_config={"zero_optimization": given})
+    made = engine_config({"zero_optimization": given}, SETTINGS).deepspeed["zero_optimization"]
+    assert DeepSpeedZeroConfig(**made).stage == 1
 
 
 def test_stage_0_has_the_numbers_of_stage_1():

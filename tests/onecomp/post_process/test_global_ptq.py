@@ -15,13 +15,15 @@ from onecomp.errors import ConfigError, InputError, OneCompError
 from onecomp.export.live import save_live_model
 from onecomp.export.load import load_quantized_model
 from onecomp.models import ModelConfig
+from onecomp.post_process import distillation
 from onecomp.post_process import global_ptq as global_ptq_module
+from onecomp.post_process import teacher as teacher_module
 from onecomp.post_process.base import records_of
-from onecomp.post_process.distillation import LossWeights, WholeDistribution, training_loss
+from onecomp.post_process.distillation import LossWeights, training_loss
 from onecomp.post_process.global_ptq import GlobalPTQ, distillation_task
 from onecomp.post_process.samples import training_samples
 from onecomp.post_process.student import student_of
-from onecomp.post_process.teacher import cache_is_smaller
+from onecomp.post_process.teacher import KEPT_TOKENS, cache_is_smaller
 from onecomp.quantizer.quant_linear import QuantLinear
 from onecomp.quantizer.trainable import TrainableLinear
 
@@ -68,10 +70,14 @@ def logits_of(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-def held_out_loss(subject: Subject, model: PreTrainedModel, weights: LossWeights) -> float:
-    """The loss of a model as it is stored, against the live original model."""
+def held_out_loss(
+    subject: Subject, model: PreTrainedModel, weights: LossWeights, kept: int | None = KEPT_TOKENS
+) -> float:
+    """The loss of a model as it is stored, against the live original model's tokens."""
     ids = training_samples("test", subject.text, subject.model_config).held_out
-    teacher = WholeDistribution(logits_of(subject.model_config.load_model(), ids))
+    said = logits_of(subject.model_config.load_model(), ids)
+    whole = distillation.WholeDistribution(said)
+    teacher = whole if kept is None else distillation.TopTokens.of(said, kept, weights.temperature)
     return float(training_loss(logits_of(model, ids), ids, teacher, weights))
 
 
@@ -205,7 +211,7 @@ def test_losses_in_the_record_are_those_of_the_stored_models(weights, subject):
 def test_losses_against_kept_tokens_are_nearly_those_against_all(temperature, deep):
     model, entry = train(deep, temperature=temperature)
     weights = LossWeights(temperature=temperature)
-    before, after = (held_out_loss(deep, given, weights) for given in (deep.load(), model))
+    before, after = (held_out_loss(deep, given, weights, None) for given in (deep.load(), model))
     assert entry["held_out_before"] == pytest.approx(before, rel=2e-2)
     assert entry["held_out_after"] == pytest.approx(after, rel=2e-2)
 
@@ -318,19 +324,20 @@ def test_a_teacher_is_asked_beforehand_and_never_loaded_whole(deep, monkeypatch)
     assert entry["executed"]
 
 
-def test_a_teacher_smaller_than_its_answers_is_loaded_once(subject, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    load, loaded = ModelConfig.load_model, []
+def test_the_original_model_is_never_loaded_whole(subject, deep, monkeypatch):
+    monkeypatch.setattr(ModelConfig, "load_model", None)
+    for given in (subject, deep):
+        _, entry = train(given)
+        assert entry["executed"]
 
-    def counted(config: ModelConfig, *args: object, **kwargs: object) -> PreTrainedModel:
-        loaded.append(config)
-        return load(config, *args, **kwargs)
 
-    monkeypatch.setattr(ModelConfig, "load_model", counted)
-    train(subject)
-    assert loaded == [subject.model_config]
-    assert "teacher: held and asked again in each of 2 epochs" in caplog.text
-    assert "its answers to 432 tokens would take more room than it does" in caplog.text
+def test_a_disk_without_room_for_the_answers_is_refused_before_work(subject, monkeypatch):
+    monkeypatch.setattr(teacher_module, "free_disk", lambda _path: 1000)
+    model = subject.load()
+    before = state_of(model)
+    with pytest.raises(InputError, match=r"answers to 432 tokens take 0\.0 GB, but .* Set TMPDIR"):
+        process_of(subject).run(model, subject.model_config)
+    assert changed(before, model) == set()
 
 
 def test_no_teacher_is_asked_where_the_divergence_has_no_weight(subject, deep, monkeypatch):

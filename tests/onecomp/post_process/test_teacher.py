@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from onecomp.models import ModelConfig, Skeleton
 from onecomp.post_process import teacher as teacher_module
-from onecomp.post_process.distillation import TopTokens
+from onecomp.post_process.distillation import TopTokens, WholeDistribution
 from onecomp.post_process.teacher import (
+    BYTES_OF_REST,
     BYTES_PER_TOKEN,
     KEPT_TOKENS,
-    LiveTeacher,
+    cache_bytes,
     cache_is_smaller,
     cache_teacher,
     teacher_logits,
@@ -89,10 +90,8 @@ def test_both_forms_of_the_teacher_judge_a_student_alike(llama, tmp_path):
     ids = draw_ids()
     student = torch.randn(2, 12, 258, generator=torch.Generator().manual_seed(1))
     kept = cache_teacher(llama, ids, tmp_path, device=CPU)
-    live = LiveTeacher(llama, ids, CPU)
-    found, expected = (
-        teacher.distribution([3, 1]).divergence(student, 1.0) for teacher in (kept, live)
-    )
+    live = WholeDistribution(live_logits(llama, ids[[3, 1]]))
+    found, expected = (told.divergence(student, 1.0) for told in (kept.distribution([3, 1]), live))
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
     swapped = kept.distribution([1, 3]).divergence(student, 1.0)
     assert not torch.allclose(swapped, expected, rtol=1e-2)
@@ -180,7 +179,7 @@ def test_answers_are_kept_where_they_are_smaller_than_the_model(dtype, tiny_mode
     [path] = tiny_model_dir().glob("*.safetensors")
     num_weights = sum(tensor.numel() for tensor in load_file(path).values())
     itemsize = {"float32": 4, "float16": 2}[dtype]
-    most = math.floor(num_weights * itemsize / (KEPT_TOKENS * BYTES_PER_TOKEN))
+    most = math.floor(num_weights * itemsize / (KEPT_TOKENS * BYTES_PER_TOKEN + BYTES_OF_REST))
     assert cache_is_smaller(config, most)
     assert not cache_is_smaller(config, most + 1)
 
@@ -188,7 +187,7 @@ def test_answers_are_kept_where_they_are_smaller_than_the_model(dtype, tiny_mode
 def test_answers_take_the_bytes_that_they_are_counted_with(llama, tmp_path):
     cache_teacher(llama, draw_ids(1, 64), tmp_path, device=CPU)
     size = (tmp_path / "000000.safetensors").stat().st_size
-    assert 0 <= size - 64 * KEPT_TOKENS * BYTES_PER_TOKEN < 512
+    assert 0 <= size - cache_bytes(64) < 512
 
 
 def test_one_block_of_the_model_is_held_at_a_time(tiny_model_dir, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from gang_subjects import Subject, make_subject
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from onecomp import BlockWisePTQ, ModelConfig
@@ -13,6 +14,7 @@ from onecomp.export.live import save_live_model
 from onecomp.export.load import load_quantized_model
 from onecomp.post_process.base import PROCESSES_KEY, records_of
 from onecomp.post_process.blockwise.process import ROLLED_BACK
+from onecomp.post_process.blockwise.span import Span
 from onecomp.quantizer import GPTQ
 from onecomp.quantizer.quant_linear import QuantLinear
 
@@ -148,6 +150,39 @@ def test_blocks_that_only_get_worse_stay_as_they_were(subject_of):
     assert not record["executed"]
     assert record["details"]["improved_spans"] == 0
     assert changed(before, model) == set()
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_in_the_end_given_up(
+    subject_of, monkeypatch, caplog
+):
+    gradient = Span.gradient
+
+    def broken(span: Span, *arguments: object) -> tuple[Tensor, float]:
+        values, loss = gradient(span, *arguments)
+        return torch.full_like(values, torch.nan), loss
+
+    monkeypatch.setattr(Span, "gradient", broken)
+    subject = subject_of("gptq")
+    model = subject.load()
+    before = tensors(model)
+    process_for(subject).run(model, subject.model_config)
+    [record] = records_of(model)
+    assert not record["executed"]
+    assert record["details"]["spans_given_up"] == 2
+    skipped = record["details"]["skipped_steps"]
+    assert skipped == 2 * 16  # two epochs of eight steps make more than ten
+    assert record["reason"] == f"{ROLLED_BACK}; {skipped} steps were skipped: not finite"
+    assert "block 1: 16 steps skipped: not finite; training it ended early" in caplog.text
+    assert changed(before, model) == set()
+
+
+def test_adapters_are_refused_before_any_work(subject_of):
+    subject = subject_of("gptq")
+    model = subject.load()
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    inject_adapter_in_model(config, model)
+    with pytest.raises(InputError, match="has LoRA adapters, which this process does not see"):
+        process_for(subject).run(model, subject.model_config)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "opt", "phi3"])

@@ -1,25 +1,32 @@
 """Adapters that several workers train together, on a real Ray Train gang."""
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from onecomp.errors import ConfigError, InputError
 from onecomp.export.live import save_live_model
 from onecomp.post_process.base import records_of
 from onecomp.post_process.engine import LocalEngine, ParameterGroup
-from onecomp.post_process.gang import GangMember
+from onecomp.post_process.gang import Gang, GangMember, GangRequest
+from onecomp.post_process.lora import gang as gang_module
 from onecomp.post_process.lora import gang_worker
 from onecomp.post_process.lora import process as process_module
+from onecomp.post_process.lora import student as student_module
 from onecomp.post_process.lora.adapter import adapter_parameters, adapters_on_trial
-from onecomp.post_process.lora.gang import CHECKPOINT_FOLDER, TRAINED_FILE
+from onecomp.post_process.lora.gang import CHECKPOINT_FOLDER, TRAINED_FILE, train_together
 from onecomp.post_process.lora.process import PostProcessLoraTeacherOnlySFT
-from onecomp.post_process.lora.train import LoraJob, train_adapter
+from onecomp.post_process.lora.student import dense_weights_fit
+from onecomp.post_process.lora.train import TOKEN_FILE, LoraJob, train_adapter
+from onecomp.post_process.training import Progress
+from onecomp.quantizer.quant_linear import QuantLinear
 
 SETTINGS = {
     "max_length": 32,
@@ -122,6 +129,111 @@ def test_a_node_that_does_not_see_the_samples_is_named(job):
     lost = replace(job, directory=job.directory / "elsewhere")
     with pytest.raises(InputError, match=r"does not exist on node .* Set output_dir"):
         gang_worker.train(lost, GangMember(0, 1, None, lambda _write: None))
+
+
+class ClusterGang(Gang):
+    """Workers on two machines, as the driver sees them."""
+
+    num_workers, has_gpus, is_one_machine = 2, False, False
+
+    def __init__(self, work: Callable[[LoraJob], Progress]):
+        self.work = work
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+    def run(self, loop: str, argument: LoraJob, directory: Path) -> dict:
+        del loop
+        assert argument.directory == directory
+        return asdict(self.work(argument))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_workers_meet_in_a_directory_of_their_own(job, quantized, tmp_path, monkeypatch, fails):
+    """Beside what the user has there, which stays; theirs is gone afterwards."""
+    ours = tmp_path / "adapter" / "training-0002"
+    for name in ("training", "training-0001"):
+        (tmp_path / "adapter" / name).mkdir(parents=True)
+        (tmp_path / "adapter" / name / "notes.txt").write_text("mine")
+    before = sorted((tmp_path / "adapter").rglob("*"))
+    model = quantized()
+
+    def work(placed: LoraJob) -> Progress:
+        assert placed.directory == ours
+        assert {path.name for path in ours.iterdir()} == {CHECKPOINT_FOLDER, TOKEN_FILE}
+        if fails:
+            raise StoppedError
+        trained = {name: torch.ones_like(p) for name, p in adapter_parameters(model).items()}
+        save_file(trained, ours / TRAINED_FILE)
+        return Progress(initial=2.0, best=1.0)
+
+    monkeypatch.setattr(gang_module, "default_gang", lambda _request: ClusterGang(work))
+    monkeypatch.chdir(tmp_path)
+    layers = {name: model.get_submodule(name) for name in job.targets}
+    with adapters_on_trial(model, layers, job.config, job.seed):
+        with pytest.raises(StoppedError) if fails else nullcontext():
+            assert train_together(job, model, GangRequest(), Path("adapter")).improved
+        if not fails:
+            assert all(bool((p == 1).all()) for p in adapter_parameters(model).values())
+    assert sorted((tmp_path / "adapter").rglob("*")) == before
+
+
+def test_several_machines_need_a_directory(job, quantized, monkeypatch):
+    monkeypatch.setattr(gang_module, "default_gang", lambda _request: ClusterGang(Progress))
+    with pytest.raises(ConfigError, match="output_dir=None: the workers are on several machines"):
+        train_together(job, quantized(), GangRequest(), None)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        ("cuda:0", "auto", ("cuda:3", "cuda:3")),
+        ("auto", "cuda:1", ("cuda:3", "cuda:3")),
+        ("cuda", "cpu", ("cuda:3", "cpu")),
+        ("cpu", "cpu", ("cpu", "cpu")),
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own(job, monkeypatch, student, teacher, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    told = replace(
+        job,
+        model_config=replace(job.model_config, device=student),
+        teaching=replace(job.teaching, teacher=replace(job.teaching.teacher, device=teacher)),
+    )
+    found = []
+
+    def note(placed: LoraJob, *_args: object) -> Progress:
+        found.append((placed.model_config.device, placed.teaching.teacher.device))
+        return Progress()
+
+    monkeypatch.setattr(gang_worker, "_train", note)
+    gang_worker.train(told, GangMember(0, 1, None, lambda _write: None))
+    assert found == [expected]
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_ranks_share_the_memory_of_their_machine(quantized, monkeypatch):
+    model, cpu = quantized(), torch.device("cpu")
+    dense = sum(
+        4 * layer.in_features * layer.out_features
+        for layer in model.modules()
+        if isinstance(layer, QuantLinear)
+    )
+
+    def fit(share_of: int) -> bool:
+        """Whether the weights fit where there is just enough for so many ranks."""
+        monkeypatch.setattr(student_module, "free_host_memory", lambda: 2 * dense * share_of)
+        return dense_weights_fit(model, torch.float32, cpu)
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert fit(1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 4)  # nothing tells where they are
+    assert (fit(3), fit(4)) == (False, True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (fit(1), fit(2)) == (False, True)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: False)
+    assert fit(1)  # the variable is of no gang
 
 
 def test_too_few_samples_for_all_workers(quantized, original, jsonl):

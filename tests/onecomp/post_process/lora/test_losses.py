@@ -1,9 +1,11 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from onecomp import ModelConfig
 from onecomp.errors import InputError
+from onecomp.post_process.distillation import TopTokens
 from onecomp.post_process.lora import answers as answers_module
 from onecomp.post_process.lora.answers import (
     KL,
@@ -93,7 +95,32 @@ def test_kept_answers_teach_what_the_live_teacher_does(
     batch = tokens.batch([2, 0])
     live = LiveAnswers(original, question).of([2, 0], batch)
     found = loss(student(batch), batch, kept.of([2, 0], batch))
-    assert torch.allclose(found, loss(student(batch), batch, live), rtol=1e-3)
+    assert torch.allclose(found, loss(student(batch), batch, live), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_kept_tokens_have_the_precision_that_is_asked_for(
+    dtype, tokens, student, original, tmp_path, monkeypatch
+):
+    """And the mass of all others is what it was before rounding."""
+    monkeypatch.setattr(answers_module, "KEPT_TOKENS", 16)
+    question, batch = Question(KL), tokens.batch([1, 0])
+    kept = keep_answers(original, question, Kept(dtype), tokens, tmp_path / "kept")
+    logits = LiveAnswers(original, question).outputs(batch).predictions
+    expected = logits.log_softmax(-1).topk(16)
+    read = [load_file(tmp_path / "kept" / f"{number:06d}.safetensors") for number in (1, 0)]
+    log_probs, rest = (torch.cat([file[key] for file in read]) for key in ("log_probs", "rest"))
+    assert log_probs.dtype == dtype
+    assert torch.allclose(log_probs.float(), expected.values, rtol=torch.finfo(dtype).eps, atol=0)
+    assert rest.dtype == torch.float32
+    assert torch.allclose(rest, 1 - expected.values.exp().sum(-1), atol=1e-6)
+
+    loss, said = LoraLoss(0.0, 1.0), student(batch)
+    said.hidden.clear()
+    exact = Answer(TopTokens.of(logits.unsqueeze(0), 16, 1.0, dtype=torch.float32))
+    found = loss(said, batch, kept.of([1, 0], batch))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert torch.allclose(found, loss(said, batch, exact), rtol=tolerance)
 
 
 @pytest.mark.parametrize("keeps_logits", [True, False])

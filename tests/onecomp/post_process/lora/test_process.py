@@ -176,15 +176,19 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(quantized, original, j
     assert is_untouched(model, before)
 
 
-def test_an_error_in_training_leaves_the_model_untouched(quantized, original, jsonl, monkeypatch):
+@pytest.mark.parametrize("num_workers", [None, 0, 1])
+def test_an_error_in_this_process_leaves_the_model_untouched(
+    num_workers, quantized, original, jsonl, monkeypatch
+):
     def fail(*_args):
         raise OneCompError("lost")
 
     model = quantized()
     before = state_of(model)
     monkeypatch.setattr(process_module, "train_adapter", fail)
+    process = PostProcessLoraSFT(data_files=str(jsonl), num_workers=num_workers, **QUICK)
     with pytest.raises(OneCompError, match="lost"):
-        PostProcessLoraSFT(data_files=str(jsonl), **QUICK).run(model, original)
+        process.run(model, original)
     assert is_untouched(model, before)
     assert records_of(model) == []
 
@@ -236,6 +240,37 @@ def test_another_model_can_teach(quantized, original, jsonl, tiny_model_dir):
     assert records_of(model)[0]["executed"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        ({}, [("auto", "float32"), ("auto", "bfloat16")]),
+        ({"teacher_dtype": "float16"}, [("auto", "float16"), ("auto", "float16")]),
+        ({"teacher_device": "cpu"}, [("cpu", "float32"), ("cpu", "float32")]),
+    ],
+)
+def test_where_the_teacher_computes_is_settled_in_the_process_that_asks_it(
+    settings, places, quantized, original, jsonl, monkeypatch
+):
+    """The driver has no GPU, the worker has one."""
+    jobs = []
+
+    def note(job, _model):
+        jobs.append(job)
+        raise OneCompError("stopped")
+
+    monkeypatch.setattr(process_module, "train_adapter", note)
+    process = PostProcessLoraTeacherSFT(data_files=str(jsonl), **QUICK, **settings)
+    auto = dataclasses.replace(original, device="auto", dtype="bfloat16")
+    found = []
+    with pytest.raises(OneCompError, match="stopped"):
+        process.run(quantized(), auto)
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        teacher = jobs[0].teaching.teacher_here()
+        found.append((teacher.device, teacher.dtype))
+    assert found == places
+
+
 def test_a_model_without_quantized_layers_is_refused(original, jsonl):
     with pytest.raises(InputError, match="the model has no quantized layers"):
         PostProcessLoraSFT(data_files=str(jsonl)).run(original.load_model(), original)
@@ -273,6 +308,7 @@ def test_all_problems_are_listed_at_once():
             weight_decay=-1.0,
             held_out_ratio=0.0,
             max_train_samples=0,
+            num_workers=-1,
             lr=0.0,
             target_modules=(),
             sft_loss_weight=0.0,
@@ -289,6 +325,7 @@ def test_all_problems_are_listed_at_once():
         "weight_decay=-1.0",
         "held_out_ratio=0.0",
         "max_train_samples=0",
+        "num_workers=-1: must be a whole number, at least 0",
         "lr=0.0",
         "target_modules is empty",
         "are all 0: nothing would be trained",
@@ -297,7 +334,7 @@ def test_all_problems_are_listed_at_once():
         "intermediate_block_indices=(-1,)",
     ):
         assert name in found
-    assert len(caught.value.problems) == 13
+    assert len(caught.value.problems) == 14
 
 
 @pytest.mark.parametrize(
