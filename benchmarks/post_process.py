@@ -36,12 +36,16 @@ from onecomp import (
     Quantizer,
     Runner,
 )
+from onecomp.calibration import prepare_calibration_samples
 from onecomp.evaluation.scores import PerplexityRequest, evaluate_checkpoint
 from onecomp.post_process.base import PostQuantizationProcess
 from onecomp.post_process.checkpoint_job import PostProcessJob
 
 SAMPLES, LENGTH, WINDOWS = 64, 512, 24
+TRAINED = SAMPLES - SAMPLES // 8
 HALVES = ("first.txt", "second.txt")
+CHUNKS = "chunks.jsonl"
+"""The training samples as rows of text, for adapters."""
 
 BASE: dict[str, tuple[str, Callable[[], Quantizer], bool]] = {
     "g3": ("GPTQ 3 bits, groups of 64", lambda: GPTQ(**THREE_BITS), False),
@@ -101,7 +105,7 @@ def adapters(**settings: object) -> Callable[[CalibrationConfig], PostQuantizati
 
     def make(text: CalibrationConfig) -> PostProcessLoraTeacherOnlySFT:
         return PostProcessLoraTeacherOnlySFT(
-            data_files=text.calibration_dataset, max_length=LENGTH, max_train_samples=SAMPLES,
+            data_files=str(Path(text.calibration_dataset).with_name(CHUNKS)), max_length=LENGTH,
             **settings,
         )  # fmt: skip
 
@@ -174,6 +178,7 @@ class Bench:
 
     def improve(self, row: Row) -> None:
         """Run a process."""
+        self._write_chunks()
         job = PostProcessJob(
             self.place(row.of),
             self.place(row.name),
@@ -187,10 +192,17 @@ class Bench:
             row.name,
             seconds=seconds,
             memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            speed=row.epochs * SAMPLES * LENGTH / seconds,
+            speed=row.epochs * TRAINED * LENGTH / seconds,
             held_out=(entry["held_out_before"], entry["held_out_after"]),
             details=entry.get("details", {}),
         )
+
+    def _write_chunks(self) -> None:
+        tokenizer = self.original.load_tokenizer()
+        samples = prepare_calibration_samples(self.text, tokenizer, self.original.load_model)
+        rows = tokenizer.batch_decode(samples.input_ids)
+        lines = [json.dumps({"text": row}) for row in rows]
+        (self.work / CHUNKS).write_text("\n".join(lines))
 
     def _note(self, name: str, **figures: object) -> None:
         path = self.place(name).with_suffix(".json")
@@ -198,12 +210,13 @@ class Bench:
         path.write_text(json.dumps(figures, indent=1))
 
     def line(self, row: Row) -> str:
-        """A row of the table."""
+        """A row of the table; what the workers of a gang take is not seen from here."""
         found, before = self.figures(row.name), self.figures(row.of)["perplexity"]
-        after, memory = found["perplexity"], found["memory"] / 1e9
+        after, memory = found["perplexity"], f"{found['memory'] / 1e9:.1f}"
         return (
             f"| {row.name} | {before:.2f} | {after:.2f} | {1 - after / before:.1%} "
-            f"| {found['seconds']:.0f} | {memory:.1f} | {found['speed']:.0f} |"
+            f"| {found['seconds']:.0f} | {'' if 'gang' in row.name else memory} "
+            f"| {found['speed']:.0f} |"
         )
 
 
