@@ -90,9 +90,9 @@ def stumble(_argument: object, member: Member) -> None:
 
 @pytest.mark.slow
 def test_any_other_error_is_told_after_the_last_attempt(plan):
-    with pytest.raises(GangFailedError, match=r"rank 0: .*rank 0 stumbled") as caught:
+    # Ray stops the others when one fails, so that there may be one error or two.
+    with pytest.raises(GangFailedError, match=r"rank (\d): .*rank \1 stumbled"):
         run_gang(stumble, None, plan(max_failures=1))
-    assert "rank 1 stumbled" in str(caught.value)
 
 
 @pytest.mark.slow
