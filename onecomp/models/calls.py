@@ -163,9 +163,15 @@ def _fill_at_first_call(
 
 
 class CallInterner:
-    """Keeps one copy of equal tensors, so that masks and rotary tables of all batches cost one."""
+    """Keeps one copy of equal tensors, so that masks and rotary tables of all batches cost one.
 
-    def __init__(self) -> None:
+    Args:
+        keep: What is kept of a tensor when it is first seen; ``torch.clone`` where autograd runs,
+            which takes no tensors that were made for inference.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        self._keep = keep
         self._known: dict[tuple, Tensor] = {}
 
     def intern(self, call: BlockCall) -> BlockCall:
@@ -176,7 +182,9 @@ class CallInterner:
         plain = tensor.detach().cpu().contiguous()
         content = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
         key = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(content).digest())
-        return self._known.setdefault(key, tensor)
+        if key not in self._known:
+            self._known[key] = self._keep(tensor)
+        return self._known[key]
 
 
 def _map(value: object, change: Callable[[Tensor], Tensor]) -> object:

@@ -143,6 +143,15 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
+def keeps_zero_points(config: Mapping[str, Any]) -> bool:
+    """Whether zero points may be trained; kernels for symmetric grids ignore them.
+
+    Args:
+        config: A ``quantization_config``.
+    """
+    return not config.get("sym", True)
+
+
 def require_trainable(
     process: PostQuantizationProcess, model: nn.Module, model_config: ModelConfig
 ) -> dict[str, QuantLinear]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from onecomp.models import ModelConfig, Skeleton
 from onecomp.models.skeleton import fill_outside
+from onecomp.post_process.base import keeps_zero_points
 from onecomp.post_process.blockwise.student_blocks import Patches, QuantizedBlocks
 from onecomp.post_process.checkpointing import checkpointed_blocks
 from onecomp.quantizer.quant_linear import QuantLinear
@@ -43,8 +44,8 @@ def quantized_blocks(checkpoint: Path, model_config: ModelConfig) -> QuantizedBl
 
 
 def trained_parts(blocks: QuantizedBlocks) -> Trained:
-    """What is trained of a checkpoint's layers; kernels for symmetric grids ignore zero points."""
-    return Trained(zero_points=not blocks.config.get("sym", True))
+    """What is trained of a checkpoint's layers."""
+    return Trained(zero_points=keeps_zero_points(blocks.config))
 
 
 def load_student(

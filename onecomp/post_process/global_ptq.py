@@ -1,6 +1,5 @@
 """Training the scales of the whole quantized model at once against the original model."""
 
-import logging
 import math
 import time
 from dataclasses import KW_ONLY, dataclass
@@ -18,7 +17,7 @@ from onecomp.post_process.distillation import LossWeights, training_loss
 from onecomp.post_process.engine import Engine, LocalEngine
 from onecomp.post_process.samples import TrainingSamples, training_samples
 from onecomp.post_process.student import Student, student_of
-from onecomp.post_process.teacher import Teacher, cache_teacher, require_room
+from onecomp.post_process.teacher import Teacher, cache_bytes, cache_teacher, require_room
 from onecomp.post_process.training import (
     Course,
     Progress,
@@ -30,8 +29,6 @@ from onecomp.post_process.training import (
 )
 from onecomp.quantizer.checks import as_number, positive_problems, ratio_problems, whole_problems
 from onecomp.storage import TemporaryPath
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -124,7 +121,14 @@ class GlobalPTQ(PostQuantizationProcess):
         """The original model's answers; None where the loss does not ask for them."""
         if not self.w_distill:
             return None
-        require_room(str(self.name), samples.all.numel(), directory)
+        num_tokens = samples.all.numel()
+        require_room(
+            str(self.name),
+            f"the original model's answers to {num_tokens} tokens take",
+            cache_bytes(num_tokens),
+            directory,
+            remedy="or use fewer or shorter samples",
+        )
         return cache_teacher(
             model_config,
             samples.all,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from onecomp.models import ModelConfig
 from onecomp.models.skeleton import Skeleton
-from onecomp.post_process.base import quantization_config
+from onecomp.post_process.base import keeps_zero_points, quantization_config
 from onecomp.post_process.checkpointing import checkpointed_blocks
 from onecomp.post_process.engine import ParameterGroup
 from onecomp.quantizer.gptq.trainable import TrainableCodes
@@ -87,11 +87,9 @@ def student_of(
     """Make a quantized model trainable inside the context, on the device of ``model_config``.
 
     Afterwards it is on the CPU again, in evaluation mode, its layers as they were trained; after
-    an error, as they were. Zero points are trained where grids are not symmetric: kernels for
-    symmetric grids ignore them.
+    an error, as they were.
     """
-    is_symmetric = bool(quantization_config(model).get("sym", True))
-    trained = Trained(zero_points=not is_symmetric)
+    trained = Trained(zero_points=keeps_zero_points(quantization_config(model)))
     skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
     blocks = model.get_submodule(skeleton.blocks_name)
     model.eval()

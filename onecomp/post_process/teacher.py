@@ -61,7 +61,7 @@ class CachedTeacher(Teacher):
 
     def distribution(self, samples: Sequence[int]) -> TopTokens:
         """The kept tokens."""
-        kept = [load_file(self.directory / _file_name(sample)) for sample in samples]
+        kept = [load_file(self.directory / answer_file(sample)) for sample in samples]
         return TopTokens(
             torch.stack([tensors["ids"] for tensors in kept]).to(self.device),
             torch.stack([tensors["log_probs"] for tensors in kept]).to(self.device),
@@ -69,8 +69,15 @@ class CachedTeacher(Teacher):
         )
 
 
-def _file_name(sample: int) -> str:
+def answer_file(sample: int) -> str:
+    """Name of the file with the teacher's answer to a sample."""
     return f"{sample:06d}.safetensors"
+
+
+def unanswered(directory: Path, count: int, samples: Sequence[int] | None) -> list[int]:
+    """Those of ``samples`` (None: of all ``count``) whose answers are not there yet."""
+    wanted = range(count) if samples is None else samples
+    return [number for number in wanted if not (directory / answer_file(number)).exists()]
 
 
 def cache_is_smaller(model_config: ModelConfig, num_tokens: int) -> bool:
@@ -89,19 +96,28 @@ def cache_bytes(num_tokens: int) -> int:
     return num_tokens * (KEPT_TOKENS * BYTES_PER_TOKEN + BYTES_OF_REST)
 
 
-def require_room(process: str, num_tokens: int, directory: Path) -> None:
-    """Check that a disk has room for the files of kept tokens.
+def require_room(
+    process: str, answers: str, num_bytes: int, directory: Path, *, remedy: str
+) -> None:
+    """Check that a disk has room for the teacher's answers.
+
+    Args:
+        process: Name for the message.
+        answers: What they are called, with the verb: ``the teacher's answers take``.
+        num_bytes: Of the files.
+        directory: Where they will be.
+        remedy: What else helps than a larger disk.
 
     Raises:
         InputError: It has not.
     """
-    needed, free = cache_bytes(num_tokens), free_disk(directory)
-    if needed > free:
+    free = free_disk(directory)
+    logger.info("teacher: its answers take %.1f MB, %.1f MB are free", num_bytes / 1e6, free / 1e6)
+    if num_bytes > free:
         raise InputError(
             process,
-            f"the original model's answers to {num_tokens} tokens take {needed / 1e9:.1f} GB, but "
-            f"{directory} has {free / 1e9:.1f} GB free. Set TMPDIR to a larger disk, or use fewer "
-            "or shorter samples.",
+            f"{answers} {num_bytes / 1e9:.1f} GB, but {directory} has {free / 1e9:.1f} GB free. "
+            f"Set TMPDIR to a larger disk, {remedy}.",
         )
 
 
@@ -126,8 +142,7 @@ def cache_teacher(
         temperature: Divides the logits.
         samples: Numbers of the samples to ask about; None for all.
     """
-    wanted = range(len(input_ids)) if samples is None else samples
-    missing = [number for number in wanted if not (directory / _file_name(number)).exists()]
+    missing = unanswered(directory, len(input_ids), samples)
     if not missing:
         return CachedTeacher(directory, device)
     size = max(1, MICRO_BATCH_TOKENS // input_ids.shape[1])
@@ -142,7 +157,7 @@ def cache_teacher(
             tensors = {
                 "ids": top.ids[row], "log_probs": top.log_probs[row], "rest": top.rest[row],
             }  # fmt: skip
-            write_shard(directory, _file_name(number), tensors)
+            write_shard(directory, answer_file(number), tensors)
     logger.info(
         "teacher: the %d most probable tokens of each position kept for %d samples; all others "
         "have %.2f %% of the mass", KEPT_TOKENS, len(missing), 100 * rest / len(missing),

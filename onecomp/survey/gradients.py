@@ -62,7 +62,7 @@ class GradientWorker:
             Tokens of the shard.
         """
         pairs = zip(shard.input_ids.split(1), shard.attention_mask.split(1), strict=True)
-        interner = CallInterner()
+        interner = CallInterner(keep=torch.clone)
         samples = [self._begin(ids, mask, interner) for ids, mask in pairs]
         squares: dict[str, Tensor] = {}
         rows: dict[str, int] = {}
@@ -87,12 +87,7 @@ class GradientWorker:
             padded,
             returns_tuple=self.settings.layout.blocks_return_tuples,
         )
-        copies: dict[int, Tensor] = {}
-
-        def usable(tensor: Tensor) -> Tensor:  # autograd takes none that were made for inference
-            return copies.setdefault(id(tensor), tensor.clone())
-
-        calls = [interner.intern(call).map_tensors(usable) for call in calls]
+        calls = [interner.intern(call) for call in calls]
         return _Sample(input_ids, padded, calls, [hidden.clone().cpu()])
 
     def _forward(self, index: int, samples: Sequence[_Sample]) -> None:

@@ -18,6 +18,7 @@ from onecomp.post_process.base import (
     PATCHES,
     CheckpointProcess,
     Outcome,
+    keeps_zero_points,
     record,
     require_bare,
     require_trainable,
@@ -185,19 +186,19 @@ class BlockWisePTQ(CheckpointProcess):
             executor=executor,
             settings=settings,
             shards=shards_of(samples.train, samples.held_out, self.batch_size),
-            phases=self._phases(is_symmetric=bool(blocks.config.get("sym", True))),
+            phases=self._phases(trains_zero_points=keeps_zero_points(blocks.config)),
             trainable=[i for i in range(num_blocks) if blocks.layer_names(i)],
             num_blocks=num_blocks,
             seed=0 if self.calibration_config is None else self.calibration_config.seed,
         )
 
-    def _phases(self, *, is_symmetric: bool) -> list[Phase]:
+    def _phases(self, *, trains_zero_points: bool) -> list[Phase]:
         rates = Rates(
             codes_scale=self.gptq_lr,
             signs_scale=self.lr,
             codes=self.gptq_intweight_lr if self.gptq_optimize_intweight else 0.0,
             signs=(self.binary_lr or self.lr) if self.optimize_binary else 0.0,
-            zero_points=0.0 if is_symmetric else self.gptq_lr,
+            zero_points=self.gptq_lr if trains_zero_points else 0.0,
             smoothing=self.k_smooth,
         )
         phases = [Phase(number=0, span=1, epochs=self.epochs, rates=rates)]

@@ -107,7 +107,7 @@ class BlockTuner:
 
     def hold(self, *shards: SampleShard) -> None:
         """Take shards and run them through everything in front of the blocks."""
-        interner = CallInterner()
+        interner = CallInterner(keep=torch.clone)
         for shard in shards:
             held = _Held(
                 [self._embed(interner, ids, judges=False) for ids in shard.train],
@@ -118,8 +118,7 @@ class BlockTuner:
     def _embed(self, interner: CallInterner, ids: Tensor, *, judges: bool) -> _Sample:
         ids = ids[None].to(self.device)
         hidden, calls = record_calls(self.outside, ids, None, returns_tuple=self.returns_tuple)
-        # Copies, as autograd takes no tensors that were made for inference; equal ones once.
-        calls = [interner.intern(call.map_tensors(Tensor.clone)) for call in calls]
+        calls = [interner.intern(call) for call in calls]
         hidden = hidden.clone().cpu()
         return _Sample(ids.cpu(), calls, hidden, hidden, hidden if judges else None)
 

@@ -15,14 +15,12 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onecomp.errors import InputError
 from onecomp.export.checkpoint import write_shard
 from onecomp.models import ModelConfig
 from onecomp.post_process.distillation import TeacherDistribution, TopTokens, WholeDistribution
 from onecomp.post_process.lora.outputs import Outputs, blocks_of, outputs_of
 from onecomp.post_process.lora.tokens import Batch, TokenFile
-from onecomp.post_process.teacher import BYTES_OF_REST, KEPT_TOKENS
-from onecomp.resources import free_disk
+from onecomp.post_process.teacher import BYTES_OF_REST, KEPT_TOKENS, answer_file, unanswered
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +120,7 @@ class KeptAnswers(Answers):
     def of(self, numbers: Sequence[int], batch: Batch) -> Answer:
         """The samples' files, one behind the other."""
         device = batch.input_ids.device
-        files = [load_file(self.directory / _file_name(number)) for number in numbers]
+        files = [load_file(self.directory / answer_file(number)) for number in numbers]
         joined = {key: torch.cat([file[key] for file in files]).to(device) for key in files[0]}
         hidden = {index: joined[_block_key(index)] for index in self.question.blocks}
         if self.question.loss_type == KL:
@@ -168,8 +166,7 @@ def keep_answers(
         directory: Gets a file for each sample.
         samples: Numbers of the samples to ask about; None for all.
     """
-    wanted = range(len(tokens)) if samples is None else samples
-    missing = [number for number in wanted if not (directory / _file_name(number)).exists()]
+    missing = unanswered(directory, len(tokens), samples)
     if not missing:
         return KeptAnswers(directory, question)
     teacher = LiveAnswers(model_config, question)
@@ -177,7 +174,7 @@ def keep_answers(
     for number in missing:
         said = teacher.outputs(tokens.batch([number]))
         tensors = _kept_tensors(said, question, kept)
-        write_shard(directory, _file_name(number), tensors)
+        write_shard(directory, answer_file(number), tensors)
         written += sum(tensor.nbytes for tensor in tensors.values())
     logger.info(
         "teacher: answers to %d samples kept, %.1f MB in %s", len(missing), written / 1e6, directory
@@ -220,23 +217,6 @@ def kept_bytes(
     return sum((length - 1) * of_target + length * of_token for length in lengths)
 
 
-def require_room(process: str, num_bytes: int, directory: Path) -> None:
-    """Check that a disk has room for the teacher's answers.
-
-    Raises:
-        InputError: It has not.
-    """
-    free = free_disk(directory)
-    logger.info("teacher: its answers take %.1f MB, %.1f MB are free", num_bytes / 1e6, free / 1e6)
-    if num_bytes > free:
-        raise InputError(
-            process,
-            f"the teacher's answers would take {num_bytes / 1e9:.1f} GB, but {directory} has "
-            f"{free / 1e9:.1f} GB free. Set TMPDIR to a larger disk, use fewer samples or blocks, "
-            "or set cache_teacher_outputs and cache_intermediate_outputs to False.",
-        )
-
-
 def split_question(
     question: Question, *, keeps_logits: bool, keeps_hidden: bool
 ) -> tuple[Question, Question]:
@@ -248,10 +228,6 @@ def split_question(
         None if keeps_logits else question.loss_type, () if keeps_hidden else question.blocks
     )
     return kept, live
-
-
-def _file_name(number: int) -> str:
-    return f"{number:06d}.safetensors"
 
 
 def _block_key(index: int) -> str:

@@ -15,6 +15,7 @@ from onecomp.post_process.gang import Gang, GangRequest, default_gang, fresh_dir
 from onecomp.post_process.lora.adapter import adapter_parameters
 from onecomp.post_process.lora.train import TOKEN_FILE, LoraJob
 from onecomp.post_process.training import Progress
+from onecomp.storage import remove_tree
 
 LOOP = "onecomp.post_process.lora.gang_worker:train"
 CHECKPOINT_FOLDER = "checkpoint"
@@ -71,4 +72,4 @@ def _shared_directory(job: LoraJob, gang: Gang, output_dir: Path | None) -> Iter
         shutil.copy(job.directory / TOKEN_FILE, shared / TOKEN_FILE)
         yield shared
     finally:
-        shutil.rmtree(shared)
+        remove_tree(shared)

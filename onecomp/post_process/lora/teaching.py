@@ -17,11 +17,11 @@ from onecomp.post_process.lora.answers import (
     Question,
     keep_answers,
     kept_bytes,
-    require_room,
     split_question,
 )
 from onecomp.post_process.lora.outputs import blocks_of
 from onecomp.post_process.lora.tokens import TokenFile
+from onecomp.post_process.teacher import require_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,12 @@ class Teaching:
             config = text_config(self.teacher.load_config())
             sizes = (config.vocab_size, config.hidden_size)
             require_room(
-                self.process, kept_bytes(kept, self.kept, tokens.lengths, *sizes), directory
+                self.process,
+                "the teacher's answers would take",
+                kept_bytes(kept, self.kept, tokens.lengths, *sizes),
+                directory,
+                remedy="use fewer samples or blocks, or set cache_teacher_outputs and "
+                "cache_intermediate_outputs to False",
             )
 
     def answers(

@@ -5,6 +5,7 @@ from torch.nn import functional
 
 from onecomp import ModelConfig
 from onecomp.errors import InputError
+from onecomp.post_process import teacher as teacher_module
 from onecomp.post_process.distillation import TopTokens
 from onecomp.post_process.lora import answers as answers_module
 from onecomp.post_process.lora.answers import (
@@ -17,12 +18,12 @@ from onecomp.post_process.lora.answers import (
     Question,
     keep_answers,
     kept_bytes,
-    require_room,
     split_question,
 )
 from onecomp.post_process.lora.losses import LoraLoss
 from onecomp.post_process.lora.outputs import blocks_of, outputs_of
 from onecomp.post_process.lora.tokens import TokenFile, write_tokens
+from onecomp.post_process.teacher import require_room
 
 LENGTHS = [7, 12, 3]
 FLOAT32 = Kept(torch.float32, torch.float32)
@@ -152,10 +153,11 @@ def test_the_room_is_known_before(question, tokens, original, tmp_path):
 
 
 def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers_module, "free_disk", lambda _path: 10**9)
-    require_room("LoRA", 10**9, tmp_path)
+    monkeypatch.setattr(teacher_module, "free_disk", lambda _path: 10**9)
+    told, remedy = "the teacher's answers would take", "or use fewer samples"
+    require_room("LoRA", told, 10**9, tmp_path, remedy=remedy)
     with pytest.raises(InputError, match=r"would take 2\.0 GB, but .* has 1\.0 GB free"):
-        require_room("LoRA", 2 * 10**9, tmp_path)
+        require_room("LoRA", told, 2 * 10**9, tmp_path, remedy=remedy)
 
 
 def test_the_original_is_not_changed_by_teaching(original: ModelConfig):
