@@ -12,21 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import done, invoke
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import sample_text
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from onecomp.cli import app
 from onecomp.export.load import load_quantized_model
 from onecomp.store import RunDirectory
 
 DOWN_PROJ = "model.layers.1.mlp.down_proj"
-
-
-def invoke(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def refused(*arguments: object, status: int = 2) -> str:
@@ -36,13 +31,6 @@ def refused(*arguments: object, status: int = 2) -> str:
     assert isinstance(done.exception, SystemExit), done.exception
     assert done.stdout == ""
     return " ".join(done.stderr.split())
-
-
-def done(*arguments: object) -> str:
-    """Standard output of a command that succeeds."""
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from command_line import done, invoke
 
-from onecomp.cli import app
 from onecomp.store import RunDirectory
 
 
@@ -18,17 +16,6 @@ def command(tiny_model_dir, text, tmp_path) -> list[object]:
     counts = ["--num-calibration-samples", 8, "--max-length", 48, "--num-workers", 0]
     options = ["--calibration-dataset", text, "--quantizer", "rtn", *counts]
     return ["quantize", tiny_model_dir("llama"), "--output", tmp_path / "out", *options]
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def done(*arguments: object) -> str:
-    """Standard output of a command that succeeds."""
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
 
 
 def refused(*arguments: object) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from before_after import files_of, state_of, weights_of
 from every_method import METHODS
 from safetensors.torch import load_file
-from torch import nn
 
 from onecomp import BlockWisePTQ, GlobalPTQ, PostProcessLoraSFT, PostQuantizationProcess
 from onecomp.calibration import CalibrationConfig
@@ -79,24 +79,10 @@ def plain(make) -> Runner:
     return make([])
 
 
-def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-def weights_of(directory: Path) -> dict[str, bytes]:
-    files = files_of(directory)
-    return {name: files[name] for name in files if name.endswith(".safetensors")}
 
 
 # In order

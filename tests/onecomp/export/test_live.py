@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from before_after import files_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -98,11 +99,6 @@ def logits(model: torch.nn.Module) -> Tensor:
 def stored(directory: Path) -> dict[str, Tensor]:
     shards = sorted(directory.glob("*.safetensors"))
     return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def assert_same_state(found: torch.nn.Module, expected: torch.nn.Module) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from before_after import files_of, weights_of
 from gang_subjects import Subject
 from safetensors.torch import load_file
 
@@ -40,16 +41,6 @@ def live(blockwise: PostProcessJob, subject: Subject) -> PostProcessJob:
 def job(request: pytest.FixtureRequest) -> PostProcessJob:
     """One job of each kind."""
     return request.getfixturevalue(request.param)
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-def weights_of(directory: Path) -> dict[str, bytes]:
-    files = files_of(directory)
-    return {name: files[name] for name in files if name.endswith(".safetensors")}
 
 
 def patches_of(job: PostProcessJob) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from before_after import changed, state_of
 from gang_subjects import Subject
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -50,19 +51,8 @@ def train(subject: Subject, **settings: object) -> tuple[PreTrainedModel, dict]:
     return model, entry
 
 
-def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def flags_of(model: PreTrainedModel) -> dict[str, bool]:
     return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-
-
-def changed(before: dict[str, Tensor], model: PreTrainedModel) -> set[str]:
-    """Last parts of the names of all tensors that are not what they were, bit by bit."""
-    now = model.state_dict()
-    assert list(now) == list(before)
-    return {name.rpartition(".")[2] for name in now if not torch.equal(now[name], before[name])}
 
 
 def logits_of(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:

@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-import torch
+from before_after import changed, state_of
 from gang_subjects import WHOLE_CONFIG, Subject, same_curve, train_here
-from torch import Tensor, nn
 
 from onecomp.errors import ConfigError, InputError, OneCompError
 from onecomp.export.checkpoint import write_json, write_shard
@@ -129,7 +128,7 @@ def test_an_error_of_an_integration_costs_no_live_model(
 ):
     use_gang(monkeypatch, LoneGang(subject))
     model = subject.load()
-    before = tensors(model)
+    before = state_of(model)
     subject.process(output_dir=str(tmp_path)).run(model, subject.model_config)
     assert "report_to='none' did not get the curves (RuntimeError: no API key)" in caplog.text
     assert changed(before, model) == {"scales"}
@@ -184,16 +183,6 @@ def test_what_the_result_depends_on_makes_another_job(
     assert (jobs[0].record() == jobs[1].record()) is is_same
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
-    """Last parts of the names of tensors that differ."""
-    now = model.state_dict()
-    return {n.rpartition(".")[2] for n, t in before.items() if not torch.equal(t, now[n])}
-
-
 def test_a_model_without_quantized_layers_is_refused(subject: Subject):
     original = subject.model_config.load_model()
     with pytest.raises(InputError, match="has no quantized layers"):
@@ -213,7 +202,7 @@ def test_what_does_not_fit_the_workers_leaves_the_model_untouched(
     subject: Subject, settings, told, tmp_path
 ):
     model = subject.load()
-    before = tensors(model)
+    before = state_of(model)
     process = subject.process(output_dir=str(tmp_path / "out"), **settings)
     with pytest.raises(ConfigError, match=told):
         process.run(model, subject.model_config)
@@ -228,7 +217,7 @@ def test_two_workers_hold_half_each_and_train_as_one_would(subject: Subject, tmp
     """Under ZeRO-3, with real Ray Train and DeepSpeed; codes are sharded, too."""
     here = train_here(subject, tmp_path / "teacher")
     model = subject.load()
-    before = tensors(model)
+    before = state_of(model)
     process = subject.process(output_dir=str(tmp_path / "out"), deepspeed_config=WHOLE_CONFIG)
     process.run(model, subject.model_config)
 
@@ -245,4 +234,4 @@ def test_two_workers_hold_half_each_and_train_as_one_would(subject: Subject, tmp
     assert list(work.glob("ray-train/checkpoint_*"))
     save_live_model(model, tmp_path / "saved")
     loaded, _ = load_quantized_model(tmp_path / "saved", device_map=None)
-    assert changed(tensors(model), loaded) == set()
+    assert changed(state_of(model), loaded) == set()

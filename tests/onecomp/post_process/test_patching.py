@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from before_after import files_of
 from gang_subjects import Subject
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,11 +26,6 @@ OTHER = {"name": "other", "executed": False}
 def tensors_of(directory: Path) -> dict[str, Tensor]:
     shards = sorted(directory.glob("*.safetensors"))
     return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def patch(work: Path, name: str, **factors: float) -> dict[str, Tensor]:

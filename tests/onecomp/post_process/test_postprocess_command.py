@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
+from before_after import files_of, weights_of
+from command_line import done, invoke
 from driver_process import start_driver
 from tiny_models import sample_text
-from typer.testing import CliRunner
 
-from onecomp.cli import app
 from onecomp.export.load import load_quantized_model
 from onecomp.post_process.base import records_of
 from onecomp.store import RunDirectory
@@ -23,17 +22,6 @@ BLOCKWISE = ["--process", "blockwise_ptq", "--epochs", 1, "--num-workers", 0]
 KINDS = {"GlobalPTQ": GLOBAL, "BlockWisePTQ": BLOCKWISE}
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def done(*arguments: object) -> str:
-    """Standard output of a command that succeeds."""
-    result = invoke(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
 def refused(*arguments: object) -> str:
     """The one message of a command that is refused as bad input."""
     result = invoke(*arguments)
@@ -41,16 +29,6 @@ def refused(*arguments: object) -> str:
     assert result.stderr.count("error: ") == 1
     assert result.stderr.startswith("error: ")
     return " ".join(result.stderr.split())
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-def weights_of(directory: Path) -> dict[str, bytes]:
-    files = files_of(directory)
-    return {name: files[name] for name in files if name.endswith(".safetensors")}
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from before_after import changed, state_of
 from gang_subjects import Subject, make_subject
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from onecomp import BlockWisePTQ, ModelConfig
 from onecomp.errors import ConfigError, InputError
@@ -34,17 +35,6 @@ def process_for(subject: Subject, **settings: object) -> BlockWisePTQ:
     return BlockWisePTQ(**{**defaults, **settings})
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:
-    """Last parts of the names of tensors that differ."""
-    now = model.state_dict()
-    assert now.keys() == before.keys()
-    return {n.rpartition(".")[2] for n, t in before.items() if not torch.equal(t, now[n])}
-
-
 @pytest.mark.parametrize(
     ("kind", "settings", "may_change"),
     [
@@ -62,7 +52,7 @@ def test_what_is_trained_makes_the_model_better_and_nothing_else_changes(
 ):
     subject = subject_of(kind)
     model = subject.load()
-    before = tensors(model)
+    before = state_of(model)
     process_for(subject, **settings).run(model, subject.model_config)
 
     [record] = records_of(model)
@@ -116,7 +106,7 @@ def test_the_documented_targets_are_those_of_the_blocks_own_error(subject_of):
         model = subject.load()
         process_for(subject, targets=targets).run(model, subject.model_config)
         assert records_of(model)[0]["executed"]
-        found.append(tensors(model))
+        found.append(state_of(model))
     scales = [name for name in found[0] if name.endswith("scales")]
     first, second = (
         [n for n in scales if not torch.equal(found[0][n], found[1][n])],
@@ -129,7 +119,7 @@ def test_the_documented_targets_are_those_of_the_blocks_own_error(subject_of):
 def test_a_model_that_is_not_better_on_the_whole_comes_back_as_it_was(subject_of, monkeypatch):
     subject = subject_of("gptq")
     model = subject.load()
-    before = tensors(model)
+    before = state_of(model)
     monkeypatch.setattr(
         "onecomp.post_process.blockwise.tuning.Tuning._judge_model", lambda _tuning: (1.0, 1.5)
     )
@@ -144,7 +134,7 @@ def test_a_model_that_is_not_better_on_the_whole_comes_back_as_it_was(subject_of
 def test_blocks_that_only_get_worse_stay_as_they_were(subject_of):
     subject = subject_of("gptq")
     model = subject.load()
-    before = tensors(model)
+    before = state_of(model)
     process_for(subject, gptq_lr=1e3).run(model, subject.model_config)
     [record] = records_of(model)
     assert not record["executed"]
@@ -164,7 +154,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_in_the_end_given_up(
     monkeypatch.setattr(Span, "gradient", broken)
     subject = subject_of("gptq")
     model = subject.load()
-    before = tensors(model)
+    before = state_of(model)
     process_for(subject).run(model, subject.model_config)
     [record] = records_of(model)
     assert not record["executed"]
@@ -222,7 +212,7 @@ def test_a_model_without_quantized_layers_is_refused(subject_of):
 def test_too_few_samples_leave_the_model_untouched(settings, told, subject_of):
     subject = subject_of("gptq")
     model = subject.load()
-    before = tensors(model)
+    before = state_of(model)
     count = settings.pop("num_calibration_samples", 9)
     config = dataclasses.replace(subject.text, num_calibration_samples=count)
     process = process_for(subject, calibration_config=config, **settings)

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from before_after import state_of
 from peft import PeftModel
 from tiny_models import sample_text
 
@@ -35,10 +36,6 @@ IDS = torch.arange(24).unsqueeze(0)
 def logits_of(model):
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
-
-
-def state_of(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def is_untouched(model, before) -> bool:
