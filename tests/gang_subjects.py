@@ -20,9 +20,10 @@ from onecomp.post_process.gang_result import read_progress
 from onecomp.post_process.gang_student import held_bytes, load_student
 from onecomp.post_process.global_ptq import distillation_task
 from onecomp.post_process.global_ptq_distributed import GlobalPTQDistributed
+from onecomp.post_process.latents import SCALES_ALONE, LatentRates
 from onecomp.post_process.samples import training_samples
 from onecomp.post_process.schedules import Schedule
-from onecomp.post_process.student import Student
+from onecomp.post_process.student import Student, StudentRates
 from onecomp.post_process.teacher import cache_teacher
 from onecomp.post_process.training import Course, Progress, Training
 from onecomp.quantizer import Quantizer
@@ -66,11 +67,13 @@ class Curve:
     held_bytes: int
 
 
-def train_here(subject: Subject, directory: Path) -> Curve:
+def train_here(subject: Subject, directory: Path, latents: LatentRates = SCALES_ALONE) -> Curve:
     """What ``Subject.process`` does, with one worker that accumulates two samples a step."""
     samples = training_samples("test", subject.text, subject.model_config)
     cpu = torch.device("cpu")
-    model = load_student(subject.checkpoint, subject.model_config, cpu, lambda _module: None)
+    model = load_student(
+        subject.checkpoint, subject.model_config, latents, cpu, lambda _module: None
+    )
     student = Student(model.model, model.layers, uses_bf16=False)
     course = Course(
         num_samples=len(samples.train),
@@ -79,7 +82,10 @@ def train_here(subject: Subject, directory: Path) -> Curve:
         schedule=Schedule("cosine", 0.1),
         seed=subject.text.seed,
     )
-    groups = student.groups(1e-3, 1e-3, course.epochs * course.steps_per_epoch(1))
+    groups = student.groups(
+        StudentRates(codes_scale=1e-3, signs_scale=1e-3, latents=latents),
+        course.epochs * course.steps_per_epoch(1),
+    )
     engine = LocalEngine(groups, 1.0, student.parameters())
     teacher = cache_teacher(subject.model_config, samples.all, directory, device=cpu)
     task = distillation_task(student, samples, teacher, LossWeights(), engine)

@@ -10,6 +10,7 @@ from onecomp.models import ModelConfig
 from onecomp.post_process.deepspeed_config import EngineConfig
 from onecomp.post_process.distillation import LossWeights
 from onecomp.post_process.samples import TrainingSamples
+from onecomp.post_process.student import StudentRates
 from onecomp.post_process.training import Course
 
 SAMPLES_FILE = "samples.safetensors"
@@ -36,8 +37,7 @@ class GangJob:
     course: Course
     """Samples, epochs and schedule."""
     weights: LossWeights
-    lr_of_codes: float | int
-    lr_of_signs: float | int
+    rates: StudentRates
     uses_bf16: bool
     gradient_checkpointing: bool
     engine: EngineConfig

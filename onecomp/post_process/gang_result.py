@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from onecomp.export.checkpoint import write_shard
 from onecomp.export.load import read_json
-from onecomp.models import ModelConfig
 from onecomp.post_process.base import PATCHES, Outcome
 from onecomp.post_process.blockwise.student_blocks import packed_tensors
-from onecomp.post_process.gang_job import PROGRESS_FILE, TRAINED_FILE
+from onecomp.post_process.gang_job import PROGRESS_FILE, TRAINED_FILE, GangJob
 from onecomp.post_process.gang_student import outer_layers, quantized_blocks, trained_parts
 from onecomp.post_process.global_ptq import outcome_of
 from onecomp.post_process.training import Progress
@@ -39,10 +38,10 @@ def gang_outcome(work: Path, zero_stage: int, seconds: float) -> Outcome:
     return replace(outcome, details=details)
 
 
-def write_patches(checkpoint: Path, work: Path, model_config: ModelConfig) -> None:
+def write_patches(job: GangJob) -> None:
     """Write what changed of the checkpoint's tensors, one block after the other."""
-    blocks = quantized_blocks(checkpoint, model_config)
-    trained, cpu = trained_parts(blocks), torch.device("cpu")
+    blocks, work = quantized_blocks(job.checkpoint, job.model_config), job.directory
+    trained, cpu = trained_parts(blocks, job.rates.latents), torch.device("cpu")
     with safe_open(work / TRAINED_FILE, framework="pt") as state:
         for index in range(len(blocks.skeleton.blocks)):
             name = blocks.skeleton.block_name(index)

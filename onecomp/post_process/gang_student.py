@@ -2,23 +2,33 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onecomp.models import ModelConfig, Skeleton
 from onecomp.models.skeleton import fill_outside
 from onecomp.post_process.base import keeps_zero_points
 from onecomp.post_process.blockwise.student_blocks import Patches, QuantizedBlocks
 from onecomp.post_process.checkpointing import checkpointed_blocks
+from onecomp.post_process.latents import LatentRates, references
 from onecomp.quantizer.quant_linear import QuantLinear
 from onecomp.quantizer.trainable import TrainableLinear, Trained
 
 Partition = Callable[[nn.Module], None]
 """Leaves a rank its part of a module's parameters."""
 NOTHING_LEARNED = "none"
+
+
+@dataclass(frozen=True, eq=False)
+class Learning:
+    """How layers are made trainable."""
+
+    trained: Trained
+    reference: Callable[[str], Tensor | None]
+    """The original weight of a layer, where it is needed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,37 +53,44 @@ def quantized_blocks(checkpoint: Path, model_config: ModelConfig) -> QuantizedBl
     return QuantizedBlocks(checkpoint, skeleton, Patches(checkpoint / NOTHING_LEARNED))
 
 
-def trained_parts(blocks: QuantizedBlocks) -> Trained:
+def trained_parts(blocks: QuantizedBlocks, latents: LatentRates) -> Trained:
     """What is trained of a checkpoint's layers."""
-    return Trained(zero_points=keeps_zero_points(blocks.config))
+    return latents.trained(zero_points=keeps_zero_points(blocks.config))
 
 
 def load_student(
-    checkpoint: Path, model_config: ModelConfig, device: torch.device, partition: Partition
+    checkpoint: Path,
+    model_config: ModelConfig,
+    latents: LatentRates,
+    device: torch.device,
+    partition: Partition,
 ) -> ShardedModel:
     """Read a quantized model, its layers trainable; no more than a block is held unsharded.
 
     Args:
         checkpoint: Its directory.
         model_config: The original model.
+        latents: Whether codes and signs are trained.
         device: Where it goes.
         partition: Called for each part as soon as it is complete.
     """
     blocks = quantized_blocks(checkpoint, model_config)
-    skeleton, trained = blocks.skeleton, trained_parts(blocks)
-    layers = _load_outside(blocks, trained, device)
+    skeleton = blocks.skeleton
+    original = replace(skeleton, source=model_config.source)
+    learning = Learning(trained_parts(blocks, latents), references(original, latents))
+    layers = _load_outside(blocks, learning, device)
     for _, module in skeleton.outer_modules():
         partition(module)
     for index in range(len(skeleton.blocks)):
         block = blocks.load(index, device)
-        layers |= _made_trainable(block, skeleton.block_name(index) + ".", trained)
+        layers |= _made_trainable(block, skeleton.block_name(index) + ".", learning)
         partition(block)
         skeleton.blocks[index] = block
     return ShardedModel(skeleton.model, layers, skeleton.blocks)
 
 
 def _load_outside(
-    blocks: QuantizedBlocks, trained: Trained, device: torch.device
+    blocks: QuantizedBlocks, learning: Learning, device: torch.device
 ) -> dict[str, TrainableLinear]:
     """Read what lies outside the blocks, which wait on the meta device."""
     model, quantized = blocks.skeleton.model, dict(outer_layers(blocks))
@@ -84,7 +101,7 @@ def _load_outside(
         model.tie_weights()
     for name, layer in quantized.items():
         model.set_submodule(name, layer.to(device))
-    return _made_trainable(model, "", trained)
+    return _made_trainable(model, "", learning)
 
 
 def outer_layers(blocks: QuantizedBlocks) -> Iterator[tuple[str, QuantLinear]]:
@@ -95,13 +112,16 @@ def outer_layers(blocks: QuantizedBlocks) -> Iterator[tuple[str, QuantLinear]]:
             yield name, blocks.load_layer(name)
 
 
-def _made_trainable(module: nn.Module, prefix: str, trained: Trained) -> dict[str, TrainableLinear]:
+def _made_trainable(
+    module: nn.Module, prefix: str, learning: Learning
+) -> dict[str, TrainableLinear]:
     quantized = {n: m for n, m in module.named_modules() if isinstance(m, QuantLinear)}
     layers = {}
     for name, layer in quantized.items():
-        layers[prefix + name] = learning = layer.trainable(trained)
-        _codes_as_parameters(learning)
-        module.set_submodule(name, learning)
+        made = layer.trainable(learning.trained, learning.reference(prefix + name))
+        layers[prefix + name] = made
+        _codes_as_parameters(made)
+        module.set_submodule(name, made)
     return layers
 
 

@@ -48,13 +48,17 @@ def _train(job: GangJob, member: GangMember, device: torch.device) -> dict[str, 
     samples = read_samples(job.directory)
     teacher = gang_teacher(job, samples.all, device)
     sharded = load_student(
-        job.checkpoint, job.model_config, device, lambda module: partition(module, job.engine)
+        job.checkpoint,
+        job.model_config,
+        job.rates.latents,
+        device,
+        lambda module: partition(module, job.engine),
     )
     held = held_bytes(sharded.model)
     with sharded.checkpointed(enabled=job.gradient_checkpointing):
         student = Student(sharded.model, sharded.layers, job.uses_bf16)
         num_steps = job.course.epochs * job.course.steps_per_epoch(member.world_size)
-        groups = student.groups(float(job.lr_of_codes), float(job.lr_of_signs), num_steps)
+        groups = student.groups(job.rates, num_steps)
         engine = DeepSpeedEngine(sharded.model, groups, student.parameters(), job.engine)
         student = Student(engine.model, sharded.layers, job.uses_bf16)
         task = distillation_task(student, samples, teacher, job.weights, engine)

@@ -16,7 +16,7 @@ from onecomp.post_process.base import Outcome, PostQuantizationProcess, record, 
 from onecomp.post_process.distillation import LossWeights, training_loss
 from onecomp.post_process.engine import Engine, LocalEngine
 from onecomp.post_process.samples import TrainingSamples, training_samples
-from onecomp.post_process.student import Student, student_of
+from onecomp.post_process.student import Student, StudentRates, TrainsDecisions, student_of
 from onecomp.post_process.teacher import Teacher, cache_bytes, cache_teacher, require_room
 from onecomp.post_process.training import (
     Course,
@@ -32,8 +32,10 @@ from onecomp.storage import TemporaryPath
 
 
 @dataclass
-class GlobalPTQ(PostQuantizationProcess):
+class GlobalPTQ(TrainsDecisions, PostQuantizationProcess):
     """Trains scales, and zero points of asymmetric grids, of the whole model in this process.
+
+    Codes and signs are trained on request; they take 16 bytes a weight, scales next to nothing.
 
     The loss is the divergence of the quantized model's next-token distribution from the original
     model's, in nats per token. The state with the lowest loss on held-out samples is kept, rounded
@@ -60,6 +62,11 @@ class GlobalPTQ(PostQuantizationProcess):
         grad_accum_steps: Samples of a step.
         w_distill: Weight of the divergence.
         w_ntp: Weight of the next token's cross entropy.
+        gptq_optimize_intweight: Train integer codes, too.
+        gptq_intweight_lr: Their learning rate, relative: in units in which a fresh latent code lies
+            0.01 from where its code changes.
+        optimize_binary: Train the signs of DBF and Onebit layers, too.
+        binary_lr: Their learning rate, likewise.
 
     Raises:
         ConfigError: Settings out of range, all of them listed.
@@ -93,6 +100,7 @@ class GlobalPTQ(PostQuantizationProcess):
             *positive_problems({name: getattr(self, name) for name in rates}),
             *ratio_problems({"warmup_ratio": self.warmup_ratio, "min_lr_ratio": self.min_lr_ratio}),
             *weight_problems(self.w_distill, self.w_ntp),
+            *self.latent_problems(),
         ]
         if problems:
             raise ConfigError(type(self).__name__, problems)
@@ -109,6 +117,7 @@ class GlobalPTQ(PostQuantizationProcess):
         with student_of(
             quantized_model,
             model_config,
+            latents=self.latents,
             uses_bf16=self.use_mixed_precision,
             gradient_checkpointing=self.use_gradient_checkpointing,
         ) as student:
@@ -141,7 +150,10 @@ class GlobalPTQ(PostQuantizationProcess):
         self, student: Student, samples: TrainingSamples, teacher: Teacher | None, course: Course
     ) -> Progress:
         num_steps = course.epochs * course.steps_per_epoch(world_size=1)
-        groups = student.groups(self.gptq_lr, self.dbf_lr, num_steps)
+        rates = StudentRates(
+            codes_scale=self.gptq_lr, signs_scale=self.dbf_lr, latents=self.latents
+        )
+        groups = student.groups(rates, num_steps)
         engine = LocalEngine(groups, self.grad_clip, student.parameters())
         task = distillation_task(student, samples, teacher, self._weights, engine)
         return Training(engine, course, task).run()

@@ -46,6 +46,7 @@ from onecomp.post_process.history import report_history, report_problems
 from onecomp.post_process.patching import patch_live
 from onecomp.post_process.samples import TrainingSamples, training_samples
 from onecomp.post_process.schedules import Schedule
+from onecomp.post_process.student import StudentRates, TrainsDecisions
 from onecomp.post_process.teacher import cache_is_smaller
 from onecomp.post_process.training import Course
 from onecomp.quantizer.checks import positive_problems, ratio_problems, whole_problems
@@ -59,7 +60,7 @@ CHECKPOINT_FOLDER = "checkpoint"
 
 
 @dataclass
-class GlobalPTQDistributed(CheckpointProcess):
+class GlobalPTQDistributed(TrainsDecisions, CheckpointProcess):
     """`GlobalPTQ` as a Ray Train job with DeepSpeed: same loss, same loop, several workers.
 
     Every worker reads the student from its checkpoint, block by block. With ZeRO-3 it keeps its
@@ -103,6 +104,11 @@ class GlobalPTQDistributed(CheckpointProcess):
             ``auto``: whichever takes less room.
         lr_scheduler_kwargs: Further arguments of the scheduler.
         max_failures: How often lost workers are replaced before the run fails.
+        gptq_optimize_intweight: Train integer codes, too.
+        gptq_intweight_lr: Their learning rate, relative: in units in which a fresh latent code lies
+            0.01 from where its code changes.
+        optimize_binary: Train the signs of DBF and Onebit layers, too.
+        binary_lr: Their learning rate, likewise.
 
     Raises:
         ConfigError: Settings out of range, or a DeepSpeed configuration that is not valid or
@@ -179,6 +185,7 @@ class GlobalPTQDistributed(CheckpointProcess):
             *positive_problems({name: getattr(self, name) for name in rates}),
             *ratio_problems({"warmup_ratio": self.warmup_ratio}),
             *weight_problems(self.w_distill, self.w_ntp),
+            *self.latent_problems(),
         ]
 
     def _worker_problems(self) -> list[str]:
@@ -281,7 +288,7 @@ class GlobalPTQDistributed(CheckpointProcess):
             write_samples(work, samples)
             gang.run(LOOP, job, work)
         if read_progress(work).improved:
-            write_patches(checkpoint, work, model_config)
+            write_patches(job)
         return gang_outcome(work, job.engine.stage, time.monotonic() - started)
 
     def _report(self, work: Path) -> None:
@@ -308,8 +315,9 @@ class GlobalPTQDistributed(CheckpointProcess):
             model_config=model_config,
             course=self._course(len(samples.train)),
             weights=LossWeights(self.w_distill, self.w_ntp, self.temperature),
-            lr_of_codes=self.gptq_lr,
-            lr_of_signs=self.dbf_lr,
+            rates=StudentRates(
+                codes_scale=self.gptq_lr, signs_scale=self.dbf_lr, latents=self.latents
+            ),
             uses_bf16=self.bf16,
             gradient_checkpointing=self.use_gradient_checkpointing,
             engine=engine_config(config, self._step_settings()),

@@ -1,5 +1,6 @@
 """The quantized model while it is trained: on its device, its quantized layers trainable."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,49 @@ from onecomp.models.skeleton import Skeleton
 from onecomp.post_process.base import keeps_zero_points, quantization_config
 from onecomp.post_process.checkpointing import checkpointed_blocks
 from onecomp.post_process.engine import ParameterGroup
+from onecomp.post_process.latents import SCALES_ALONE, LatentRates, references
+from onecomp.quantizer.checks import positive_problems
 from onecomp.quantizer.gptq.trainable import TrainableCodes
 from onecomp.quantizer.quant_linear import trainable_layers
-from onecomp.quantizer.trainable import TrainableLinear, Trained
+from onecomp.quantizer.trainable import TrainableLinear
 
 ZERO_POINT_TRAVEL = 2.0
 """Code steps that a zero point could travel in all steps of a course at the peak rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRates:
+    """Learning rates of a whole model."""
+
+    codes_scale: float | int
+    """Of scales of integer codes, absolute."""
+    signs_scale: float | int
+    """Of scales of signs, likewise."""
+    latents: LatentRates = SCALES_ALONE
+
+
+@dataclass(kw_only=True)
+class TrainsDecisions:
+    """Settings of processes that may train codes and signs of the whole model, beside scales."""
+
+    gptq_optimize_intweight: bool = False
+    gptq_intweight_lr: float = 4e-5
+    optimize_binary: bool = False
+    binary_lr: float = 3e-5
+
+    @property
+    def latents(self) -> LatentRates:
+        """Rates of what is trained of codes and signs."""
+        return LatentRates(
+            codes=self.gptq_intweight_lr if self.gptq_optimize_intweight else 0.0,
+            signs=self.binary_lr if self.optimize_binary else 0.0,
+        )
+
+    def latent_problems(self) -> list[str]:
+        """What is wrong with the rates."""
+        return positive_problems(
+            {"gptq_intweight_lr": self.gptq_intweight_lr, "binary_lr": self.binary_lr}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,27 +91,22 @@ class Student:
             if parameter.requires_grad
         }
 
-    def groups(
-        self, lr_of_codes: float, lr_of_signs: float, num_steps: int
-    ) -> list[ParameterGroup]:
+    def groups(self, rates: StudentRates, num_steps: int) -> list[ParameterGroup]:
         """One optimizer group for each kind of parameter.
 
         Args:
-            lr_of_codes: Learning rate of scales of integer codes.
-            lr_of_signs: Learning rate of scales of signs.
+            rates: Learning rates.
             num_steps: Steps of the course, in which zero points may travel ``ZERO_POINT_TRAVEL``.
         """
-        with_codes = [m for m in self.layers.values() if isinstance(m, TrainableCodes)]
-        with_signs = [m for m in self.layers.values() if not isinstance(m, TrainableCodes)]
-        found = [
-            (lr_of_codes, [p for layer in with_codes for p in layer.scales()]),
-            (lr_of_signs, [p for layer in with_signs for p in layer.scales()]),
-            (
-                ZERO_POINT_TRAVEL / num_steps,
-                [p for layer in with_codes for p in layer.zero_points()],
-            ),
-        ]
-        return [ParameterGroup(tuple(p), lr) for lr, p in found if p]
+        zero_rate = ZERO_POINT_TRAVEL / num_steps
+        by_rate: dict[tuple[str, float], list[nn.Parameter]] = defaultdict(list)
+        for layer in self.layers.values():
+            has_codes = isinstance(layer, TrainableCodes)
+            scale_rate = rates.codes_scale if has_codes else rates.signs_scale
+            by_rate["scale", float(scale_rate)] += layer.scales()
+            by_rate["zero point", zero_rate] += layer.zero_points()
+            by_rate["latent", rates.latents.of(layer)] += layer.decisions()
+        return [ParameterGroup(tuple(p), lr) for (_, lr), p in by_rate.items() if p]
 
 
 @contextmanager
@@ -81,6 +114,7 @@ def student_of(
     model: PreTrainedModel,
     model_config: ModelConfig,
     *,
+    latents: LatentRates = SCALES_ALONE,
     uses_bf16: bool,
     gradient_checkpointing: bool,
 ) -> Iterator[Student]:
@@ -89,14 +123,15 @@ def student_of(
     Afterwards it is on the CPU again, in evaluation mode, its layers as they were trained; after
     an error, as they were.
     """
-    trained = Trained(zero_points=keeps_zero_points(quantization_config(model)))
+    trained = latents.trained(zero_points=keeps_zero_points(quantization_config(model)))
     skeleton = Skeleton.build(model_config.source, model_config.torch_dtype)
     blocks = model.get_submodule(skeleton.blocks_name)
     model.eval()
     with ExitStack() as stack:
         stack.callback(model.to, "cpu")
         stack.enter_context(frozen_parameters(model))
-        layers = stack.enter_context(trainable_layers(model, trained))
+        reference = references(skeleton, latents)
+        layers = stack.enter_context(trainable_layers(model, trained, reference))
         model.to(model_config.get_device())
         stack.enter_context(wide_parameters(model))
         if gradient_checkpointing:

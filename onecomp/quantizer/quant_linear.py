@@ -1,7 +1,7 @@
 """The interface of a linear layer that is stored in quantized form."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -91,7 +91,9 @@ def dense_layers(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def trainable_layers(
-    model: nn.Module, trained: Trained, references: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    trained: Trained,
+    reference: Callable[[str], Tensor | None] = lambda _name: None,
 ) -> Iterator[dict[str, TrainableLinear]]:
     """Let trainable layers stand in for the quantized ones of ``model`` inside the context.
 
@@ -101,16 +103,15 @@ def trainable_layers(
     Args:
         model: Module whose descendants are replaced.
         trained: What may change beside the scales.
-        references: Original weights by the layers' names in ``model``.
+        reference: The original weight of a layer, from its name in ``model``, where it is known.
     """
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)
     }
-    references = references or {}
     learning: dict[str, TrainableLinear] = {}
     try:
         for name, layer in layers.items():
-            learning[name] = layer.trainable(trained, references.get(name))
+            learning[name] = layer.trainable(trained, reference(name))
             model.set_submodule(name, learning[name])
         yield learning
         for name, learned in learning.items():

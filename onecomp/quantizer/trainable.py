@@ -26,8 +26,10 @@ class Trained:
 
     zero_points: bool = False
     """Zero points; only where the checkpoint's format has them, so not with symmetric grids."""
-    decisions: bool = False
-    """Codes or signs, by way of latents."""
+    codes: bool = False
+    """Integer codes, by way of latents."""
+    signs: bool = False
+    """Signs, likewise."""
     smoothing: float = 100.0
     """Sharpness of the smooth sign. ``1 / smoothing`` is the latent scale: a fresh latent lies one
     latent scale away from its boundary, and the smooth sign is as wide as that."""

@@ -2,20 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from onecomp.models.calls import BlockCall
-from onecomp.quantizer.gptq.layer import GPTQLinear
+from onecomp.post_process.blockwise.goals import Goal
+from onecomp.post_process.latents import LatentRates
 from onecomp.quantizer.gptq.trainable import TrainableCodes
 from onecomp.quantizer.quant_linear import QuantLinear
-from onecomp.quantizer.trainable import TrainableLinear, Trained
-
-HALF_STEP = 0.5
-"""From the middle of a code to where it changes; for signs this is ``1 / smoothing``."""
+from onecomp.quantizer.trainable import TrainableLinear
 
 
 @dataclass(frozen=True)
@@ -26,24 +24,21 @@ class Rates:
     """Of scales of integer codes, as a share of a layer's mean scale."""
     signs_scale: float
     """Of scales of signs, likewise."""
-    codes: float
-    """Of latent codes, in units in which a fresh one lies ``1 / smoothing`` from where its code
-    changes; 0: codes stay."""
-    signs: float
-    """Of latent signs, likewise."""
+    latents: LatentRates
     zero_points: float
     """Of zero points, in code steps; 0: they stay."""
-    smoothing: float = 100.0
 
     def at(self, lr: float) -> "Rates":
         """The same things trained at one rate."""
         return Rates(
             codes_scale=lr,
             signs_scale=lr,
-            codes=lr if self.codes else 0.0,
-            signs=lr if self.signs else 0.0,
+            latents=replace(
+                self.latents,
+                codes=lr if self.latents.codes else 0.0,
+                signs=lr if self.latents.signs else 0.0,
+            ),
             zero_points=lr if self.zero_points else 0.0,
-            smoothing=self.smoothing,
         )
 
 
@@ -74,12 +69,11 @@ class Span:
         uses_bf16: bool,
     ):
         self.blocks, self.uses_bf16 = list(blocks), uses_bf16
+        trained = rates.latents.trained(zero_points=rates.zero_points > 0)
         self._layers: list[tuple[nn.Module, str, QuantLinear, TrainableLinear]] = []
         for block, original in zip(blocks, originals, strict=True):
             for name, layer in _quantized(block).items():
-                learning = layer.trainable(
-                    _trained(layer, rates), original.get_submodule(name).weight
-                )
+                learning = layer.trainable(trained, original.get_submodule(name).weight)
                 self._layers.append((block, name, layer, learning))
                 block.set_submodule(name, learning)
         self.slots = [slot for *_, learning in self._layers for slot in _slots(learning, rates)]
@@ -100,13 +94,6 @@ class Span:
             for parameter, values in zip(self.parameters, vector.split(sizes), strict=True):
                 parameter.copy_(values.view_as(parameter))
 
-    def run(self, calls: Sequence[BlockCall], hidden: Tensor) -> Tensor:
-        """Hidden states behind the span."""
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.uses_bf16):
-            for block, call in zip(self.blocks, calls, strict=True):
-                hidden = call.run(block, hidden)
-        return hidden
-
     @contextmanager
     def held_weights(self) -> Iterator[None]:
         """Compute every weight once for all samples inside the context."""
@@ -115,11 +102,18 @@ class Span:
                 stack.enter_context(learning.held_weight())
             yield
 
+    def loss(self, calls: Sequence[BlockCall], hidden: Tensor, goal: Goal) -> Float[Tensor, ""]:
+        """How far the span is from the goal for one sample."""
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.uses_bf16):
+            for block, call in zip(self.blocks, calls, strict=True):
+                hidden = call.run(block, hidden)
+            return goal.loss(hidden)
+
     def gradient(
-        self, calls: Sequence[BlockCall], hidden: Tensor, target: Tensor
+        self, calls: Sequence[BlockCall], hidden: Tensor, goal: Goal
     ) -> tuple[Float[Tensor, "numbers"], float]:
         """Gradient of the loss of one sample by the vector, and the loss; weights are held."""
-        loss = block_loss(self.run(calls, hidden), target)
+        loss = self.loss(calls, hidden, goal)
         gradients = torch.autograd.grad(loss, self.parameters, retain_graph=True)
         return torch.cat([g.flatten() for g in gradients]), float(loss.detach())
 
@@ -135,37 +129,16 @@ class Span:
         return torch.cat([d.detach().flatten() for d in found]) if found else torch.empty(0)
 
 
-def block_loss(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
-    """Squared error of hidden states, relative to the target's size, mean over tokens.
-
-    Relative for each token, as a few tokens of most models are a hundred times as large as the
-    others and would be all that counts.
-    """
-    output, target = output.float(), target.float()
-    error = (output - target).square().sum(-1)
-    return (error / target.square().sum(-1).clamp_min(1e-12)).mean()
-
-
 def _quantized(block: nn.Module) -> Mapping[str, QuantLinear]:
     return {name: m for name, m in block.named_modules() if isinstance(m, QuantLinear)}
-
-
-def _trained(layer: QuantLinear, rates: Rates) -> Trained:
-    has_codes = isinstance(layer, GPTQLinear)
-    return Trained(
-        zero_points=has_codes and rates.zero_points > 0,
-        decisions=(rates.codes if has_codes else rates.signs) > 0,
-        smoothing=rates.smoothing,
-    )
 
 
 def _slots(layer: TrainableLinear, rates: Rates) -> Iterator[Slot]:
     has_codes = isinstance(layer, TrainableCodes)
     scale_rate = rates.codes_scale if has_codes else rates.signs_scale
-    codes_per_unit = HALF_STEP * rates.smoothing
     for scale in layer.scales():
         yield Slot(scale, scale_rate * float(scale.detach().abs().mean()))
     for zero in layer.zero_points():
         yield Slot(zero, rates.zero_points)
     for latent in layer.decisions():
-        yield Slot(latent, rates.codes * codes_per_unit if has_codes else rates.signs)
+        yield Slot(latent, rates.latents.of(layer))

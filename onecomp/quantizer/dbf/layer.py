@@ -150,7 +150,7 @@ class DoubleBinaryLinear(QuantLinear):
         assert isinstance(learned, TrainableFactors)
         for name, scale in zip(SCALES, learned.scales(), strict=True):
             getattr(self, name).data = as_stored(scale.detach()).half().to(self.bp1.device)
-        if learned.trained.decisions:
+        if learned.trained.signs:
             self.bp1 = pack_bits(learned.right_signs().detach().to(self.bp1.device))
             self.bp3 = pack_bits(learned.left_signs().detach().to(self.bp3.device))
 

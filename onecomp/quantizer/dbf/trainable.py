@@ -44,7 +44,7 @@ class TrainableFactors(TrainableLinear):
         super().__init__(right_signs.shape[1], left_signs.shape[0], bias)
         self.trained = trained
         self.input_scale, self.middle_scale, self.output_scale = map(trained_scale, scales)
-        if trained.decisions:
+        if trained.signs:
             sure = (None, None)
             if reference is not None:
                 sure = self._confidence(left_signs, right_signs, reference.float())
@@ -86,11 +86,11 @@ class TrainableFactors(TrainableLinear):
 
     def left_signs(self) -> Float[Tensor, "out rank"]:
         """``A``, differentiable where signs are trained."""
-        return signs_of(self.left, self.trained) if self.trained.decisions else self.left.float()
+        return signs_of(self.left, self.trained) if self.trained.signs else self.left.float()
 
     def right_signs(self) -> Float[Tensor, "rank in"]:
         """``B``, differentiable where signs are trained."""
-        return signs_of(self.right, self.trained) if self.trained.decisions else self.right.float()
+        return signs_of(self.right, self.trained) if self.trained.signs else self.right.float()
 
     def scales(self) -> Iterator[nn.Parameter]:
         """The three scales."""
@@ -98,12 +98,12 @@ class TrainableFactors(TrainableLinear):
 
     def decisions(self) -> Iterator[nn.Parameter]:
         """Latents of both factors, if trained."""
-        if self.trained.decisions:
+        if self.trained.signs:
             yield from (self.left, self.right)
 
     def decided(self) -> Iterator[Tensor]:
         """Signs of both factors, if trained."""
-        if self.trained.decisions:
+        if self.trained.signs:
             yield from (self.left_signs(), self.right_signs())
 
 

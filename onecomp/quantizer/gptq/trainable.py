@@ -58,7 +58,7 @@ class TrainableCodes(TrainableLinear):
         self.zero = nn.Parameter(zeros, requires_grad=trained.zero_points)
         self.register_buffer("group_index", grid.group_index.long())
         self.latent = None
-        if trained.decisions:
+        if trained.codes:
             self.latent = nn.Parameter(self._latents(grid, reference))
         else:
             self.register_buffer("fixed_codes", grid.codes.to(torch.uint8))

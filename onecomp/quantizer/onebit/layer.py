@@ -96,7 +96,7 @@ class OnebitLinear(QuantLinear):
         assert isinstance(learned, TrainableSigns)
         self.a.data = as_stored(learned.a.detach()).half().to(self.sign_packed.device)
         self.b.data = as_stored(learned.b.detach()).half().to(self.sign_packed.device)
-        if learned.trained.decisions:
+        if learned.trained.signs:
             self.sign_packed = pack_bits(learned.signs().detach().to(self.sign_packed.device))
 
     def packed_state(self) -> dict[str, Tensor]:

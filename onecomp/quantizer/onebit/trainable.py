@@ -43,7 +43,7 @@ class TrainableSigns(TrainableLinear):
         super().__init__(signs.shape[1], signs.shape[0], bias)
         self.trained = trained
         self.a, self.b = trained_scale(output_scale), trained_scale(input_scale)
-        if trained.decisions:
+        if trained.signs:
             confidence = None
             if reference is not None:
                 size = self.a.detach()[:, None] * self.b.detach()
@@ -58,7 +58,7 @@ class TrainableSigns(TrainableLinear):
 
     def signs(self) -> Float[Tensor, "out in"]:
         """Signs, differentiable where they are trained."""
-        return signs_of(self.sign, self.trained) if self.trained.decisions else self.sign.float()
+        return signs_of(self.sign, self.trained) if self.trained.signs else self.sign.float()
 
     def scales(self) -> Iterator[nn.Parameter]:
         """Both vectors."""
@@ -66,10 +66,10 @@ class TrainableSigns(TrainableLinear):
 
     def decisions(self) -> Iterator[nn.Parameter]:
         """Latents of the signs, if trained."""
-        if self.trained.decisions:
+        if self.trained.signs:
             yield self.sign
 
     def decided(self) -> Iterator[Tensor]:
         """Signs, if trained."""
-        if self.trained.decisions:
+        if self.trained.signs:
             yield self.signs()

@@ -23,7 +23,7 @@ from onecomp.post_process.base import records_of
 from onecomp.post_process.distillation import LossWeights, training_loss
 from onecomp.post_process.global_ptq import GlobalPTQ, distillation_task
 from onecomp.post_process.samples import training_samples
-from onecomp.post_process.student import student_of
+from onecomp.post_process.student import StudentRates, student_of
 from onecomp.post_process.teacher import KEPT_TOKENS, cache_is_smaller
 from onecomp.quantizer.quant_linear import QuantLinear
 from onecomp.quantizer.trainable import TrainableLinear
@@ -290,7 +290,9 @@ def test_ranks_share_the_held_out_samples(subject, monkeypatch):
         model, subject.model_config, uses_bf16=False, gradient_checkpointing=False
     ) as student:
         engine = global_ptq_module.LocalEngine(
-            student.groups(1.0, 1.0, 1), 1.0, student.parameters()
+            student.groups(StudentRates(codes_scale=1.0, signs_scale=1.0), 1),
+            1.0,
+            student.parameters(),
         )
         parts = {}
         for world_size in (1, 2, 5):

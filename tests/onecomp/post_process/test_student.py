@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from onecomp.post_process.student import ZERO_POINT_TRAVEL, student_of
+from onecomp.post_process.student import ZERO_POINT_TRAVEL, StudentRates, student_of
 
 IDS = torch.arange(24).unsqueeze(0)
+RATES = StudentRates(codes_scale=0.1, signs_scale=0.2)
 PLAIN = {"uses_bf16": False, "gradient_checkpointing": False}
 
 
@@ -28,13 +29,13 @@ def test_zero_points_are_trained_where_grids_are_asymmetric_and_stored_whole(sub
     symmetric, asymmetric = subject_of(), subject_of(quantizer="asymmetric")
     with student_of(symmetric.load(), symmetric.model_config, **PLAIN) as student:
         assert {name.rpartition(".")[2] for name in student.parameters()} == {"scale"}
-        assert [group.lr for group in student.groups(0.1, 0.2, 8)] == [0.1]
+        assert [group.lr for group in student.groups(RATES, 8)] == [0.1]
     model = asymmetric.load()
     layer = model.model.layers[1].mlp.up_proj
     codes = layer.codes().clone()
     with student_of(model, asymmetric.model_config, **PLAIN) as student:
         assert {name.rpartition(".")[2] for name in student.parameters()} == {"scale", "zero"}
-        rates = [group.lr for group in student.groups(0.1, 0.2, 8)]
+        rates = [group.lr for group in student.groups(RATES, 8)]
         assert rates == [0.1, ZERO_POINT_TRAVEL / 8]
         trained = student.layers["model.layers.1.mlp.up_proj"]
         trained.zero.data[:, :4] = torch.tensor([3.4, 3.6, -1.0, 9.0])
@@ -52,7 +53,7 @@ def test_gradients_reach_everything_that_is_trained_and_nothing_else(subject_of)
         trained = set(student.parameters().values())
         assert len(trained) == 2 * len(student.layers) == 28
         assert all(parameter.grad.abs().sum() > 0 for parameter in trained)
-        in_groups = [p for group in student.groups(0.1, 0.2, 8) for p in group.parameters]
+        in_groups = [p for group in student.groups(RATES, 8) for p in group.parameters]
         assert set(in_groups) == trained
         assert len(in_groups) == len(trained)
         assert not any(p.requires_grad for p in set(model.parameters()) - trained)
@@ -61,7 +62,7 @@ def test_gradients_reach_everything_that_is_trained_and_nothing_else(subject_of)
 def test_scales_of_signs_have_the_rate_of_signs(subject_of):
     subject = subject_of(quantizer="onebit")
     with student_of(subject.load(), subject.model_config, **PLAIN) as student:
-        [group] = student.groups(0.1, 0.2, 8)
+        [group] = student.groups(RATES, 8)
         assert group.lr == 0.2
         assert len(group.parameters) == 2 * len(student.layers)
 

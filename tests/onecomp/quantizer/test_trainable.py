@@ -61,7 +61,7 @@ LAYERS = [
     pytest.param(dbf_layer, id="dbf"),
     pytest.param(onebit_layer, id="onebit"),
 ]
-ALL = Trained(zero_points=True, decisions=True)
+ALL = Trained(zero_points=True, codes=True, signs=True)
 
 
 def packed(layer: QuantLinear) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def test_codes_are_the_nearest_and_their_gradient_is_largest_between_two():
 
 
 def test_the_slope_of_a_sign_is_as_wide_as_the_latent_scale():
-    trained = Trained(decisions=True)
+    trained = Trained(signs=True)
     latent = torch.tensor([0.0, trained.latent_scale, -10 * trained.latent_scale])
     latent.requires_grad_()
     signs = signs_of(latent, trained)
