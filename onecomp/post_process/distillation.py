@@ -75,6 +75,10 @@ class TopTokens(TeacherDistribution):
         rest = others.exp().sum(-1)  # one minus what is kept would be lost in rounding
         return cls(kept.indices.to(torch.int32), kept.values.to(dtype), rest)
 
+    def to(self, device: torch.device) -> "TopTokens":
+        """The same on a device."""
+        return TopTokens(self.ids.to(device), self.log_probs.to(device), self.rest.to(device))
+
     def _whole_log_probs(self) -> Float[Tensor, "samples length top"]:
         """Logarithms shifted so that with the rest all masses add up to one in spite of rounding.
 

@@ -63,10 +63,10 @@ class CachedTeacher(Teacher):
         """The kept tokens."""
         kept = [load_file(self.directory / answer_file(sample)) for sample in samples]
         return TopTokens(
-            torch.stack([tensors["ids"] for tensors in kept]).to(self.device),
-            torch.stack([tensors["log_probs"] for tensors in kept]).to(self.device),
-            torch.stack([tensors["rest"] for tensors in kept]).to(self.device),
-        )
+            torch.stack([tensors["ids"] for tensors in kept]),
+            torch.stack([tensors["log_probs"] for tensors in kept]),
+            torch.stack([tensors["rest"] for tensors in kept]),
+        ).to(self.device)
 
 
 def answer_file(sample: int) -> str:

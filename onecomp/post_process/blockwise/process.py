@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,7 +30,8 @@ from onecomp.post_process.blockwise.tuner import (
     TunerSettings,
     shards_of,
 )
-from onecomp.post_process.blockwise.tuning import Phase, SpanReport, Tuning
+from onecomp.post_process.blockwise.tuning import Phase, Tuning
+from onecomp.post_process.latents import SCALES_ALONE, LatentRates
 from onecomp.post_process.patching import patch_live
 from onecomp.post_process.samples import TrainingSamples, training_samples
 from onecomp.quantizer.checks import positive_problems, whole_problems
@@ -47,7 +47,9 @@ class BlockWisePTQ(CheckpointProcess):
     """Trains one block after the other to give what the original block gives.
 
     The inputs of a block are those that the model trained so far produces; what it should give is
-    what the original model has there, so that earlier errors are corrected, too. Per block the
+    what the original model has there, so that earlier errors are corrected, too. Behind the last
+    block that is the original model's answers: their divergence is what counts in the end, and
+    there it can be had without the rest of the model. Per block the
     state with the lowest held-out error is kept. If the whole model's divergence from the original
     is not lower on held-out samples afterwards, everything is rolled back.
 
@@ -75,6 +77,9 @@ class BlockWisePTQ(CheckpointProcess):
         targets: ``teacher``: original blocks see the original model's hidden states;
             ``student``: those of the model trained so far, so that only a block's own error counts.
         binary_lr: Learning rate of latent signs alone; None for ``lr``.
+        answering_blocks: So many of the last blocks are held and trained together for the answers,
+            after all others; of them scales and zero points alone. Use more for models that were
+            quantized with error propagation: block by block there is little left to gain.
         use_mixed_precision: Train in bfloat16; what is trained stays float32.
         num_workers: 0 for this process, N for Ray workers, None to choose.
         address: Ray cluster.
@@ -100,6 +105,7 @@ class BlockWisePTQ(CheckpointProcess):
     batch_size: int = 4
     targets: str = TEACHER
     binary_lr: float | None = None
+    answering_blocks: int = 1
     use_mixed_precision: bool = False
     num_workers: int | None = None
     address: str | None = None
@@ -107,10 +113,11 @@ class BlockWisePTQ(CheckpointProcess):
     def __post_init__(self) -> None:
         super().__post_init__()
         rates = ("lr", "gptq_lr", "gptq_intweight_lr", "cbq_lr", "grad_clip", "k_smooth")
+        counts = ("epochs", "batch_size", "answering_blocks")
         problems = [
             *positive_problems({name: getattr(self, name) for name in rates}),
             *positive_problems({} if self.binary_lr is None else {"binary_lr": self.binary_lr}),
-            *whole_problems({"epochs": self.epochs, "batch_size": self.batch_size}, 1),
+            *whole_problems({name: getattr(self, name) for name in counts}, 1),
             *whole_problems({"cbq_epochs": self.cbq_epochs}, 0),
         ]
         if self.targets not in (TEACHER, STUDENT):
@@ -159,7 +166,7 @@ class BlockWisePTQ(CheckpointProcess):
             before, after = tuning.run()
         finally:
             executor.stop()
-        return _outcome(before, after, tuning.reports, time.monotonic() - started + earlier)
+        return _outcome(before, after, tuning, time.monotonic() - started + earlier)
 
     def _tuning(
         self,
@@ -186,30 +193,48 @@ class BlockWisePTQ(CheckpointProcess):
             executor=executor,
             settings=settings,
             shards=shards_of(samples.train, samples.held_out, self.batch_size),
-            phases=self._phases(trains_zero_points=keeps_zero_points(blocks.config)),
+            phases=self._phases(num_blocks, trains_zero_points=keeps_zero_points(blocks.config)),
             trainable=[i for i in range(num_blocks) if blocks.layer_names(i)],
             num_blocks=num_blocks,
             seed=0 if self.calibration_config is None else self.calibration_config.seed,
         )
 
-    def _phases(self, *, trains_zero_points: bool) -> list[Phase]:
+    def _phases(self, num_blocks: int, *, trains_zero_points: bool) -> list[Phase]:
         rates = Rates(
             codes_scale=self.gptq_lr,
             signs_scale=self.lr,
-            codes=self.gptq_intweight_lr if self.gptq_optimize_intweight else 0.0,
-            signs=(self.binary_lr or self.lr) if self.optimize_binary else 0.0,
+            latents=LatentRates(
+                codes=self.gptq_intweight_lr if self.gptq_optimize_intweight else 0.0,
+                signs=(self.binary_lr or self.lr) if self.optimize_binary else 0.0,
+                smoothing=self.k_smooth,
+            ),
             zero_points=self.gptq_lr if trains_zero_points else 0.0,
-            smoothing=self.k_smooth,
         )
-        phases = [Phase(number=0, span=1, epochs=self.epochs, rates=rates)]
-        if self.cbq_enable:
-            epochs = self.cbq_epochs or self.epochs
-            phases.append(Phase(number=1, span=2, epochs=epochs, rates=rates.at(self.cbq_lr)))
-        return phases
+        together = min(self.answering_blocks, num_blocks)
+        alone = num_blocks - together
+        ways = [
+            Phase(number=0, starts=range(alone), span=1, epochs=self.epochs, rates=rates),
+            Phase(
+                number=1,
+                starts=range(alone - 1 if self.cbq_enable else 0),
+                span=2,
+                epochs=self.cbq_epochs or self.epochs,
+                rates=rates.at(self.cbq_lr),
+            ),
+            Phase(
+                number=2,
+                starts=range(alone, alone + 1),
+                span=together,
+                epochs=self.epochs,
+                rates=replace(rates, latents=SCALES_ALONE),
+            ),
+        ]
+        return [phase for phase in ways if phase.starts]
 
 
-def _outcome(before: float, after: float, reports: Sequence[SpanReport], seconds: float) -> Outcome:
-    is_better = after < before
+def _outcome(before: float, after: float, tuning: Tuning, seconds: float) -> Outcome:
+    is_better, reports = after < before, tuning.reports
+    kept = [report for report in reports if report.phase not in tuning.undone]
     skipped = sum(report.skipped for report in reports)
     reason = "" if is_better else ROLLED_BACK
     if reason and skipped:
@@ -224,9 +249,10 @@ def _outcome(before: float, after: float, reports: Sequence[SpanReport], seconds
         details={
             "spans": len(reports),
             "improved_spans": sum(report.after < report.before for report in reports),
-            "changed_decisions": sum(report.changed for report in reports),
+            "changed_decisions": sum(report.changed for report in kept),
             "trained_decisions": sum(report.decisions for report in reports),
             "skipped_steps": skipped,
+            "phases_undone": len(tuning.undone),
             "spans_given_up": sum(report.gave_up for report in reports),
         },
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from onecomp.export.checkpoint import CONFIG, write_json, write_shard
@@ -16,9 +16,6 @@ from onecomp.export.quant_config import LayerFormat, quantized_layers
 from onecomp.models.skeleton import Skeleton, fill
 from onecomp.models.source import ModelSource
 from onecomp.quantizer.quant_linear import QuantLinear
-
-LONGEST_SPAN = 2
-"""Blocks that are trained together at most."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +47,47 @@ class Patches:
         write_json(self.path(phase, first).with_suffix(".json"), dict(notes))
 
     def notes(self) -> list[dict[str, Any]]:
-        """What is known of each finished span, in the order of training."""
-        finished = sorted(self.directory.glob("phase*.safetensors"))
-        return [read_json(path.with_suffix(".json")) for path in finished]
+        """What is known of each finished span, in the order of training, also if it is undone."""
+        return [
+            read_json(path)
+            for path in sorted(self.directory.glob("phase*.json"))
+            if path.with_suffix(".safetensors").exists() or self._undone(_phase_of(path)).exists()
+        ]
+
+    def undo(self, phase: int, judgement: tuple[float, float]) -> None:
+        """Take back all spans of a phase for good; may be repeated.
+
+        Args:
+            phase: Its number.
+            judgement: How the model was judged before training, and after the phase.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_json(self._undone(phase), {"judgement": judgement})
+        for path in self.directory.glob(f"phase{phase}-*.safetensors"):
+            path.unlink()
+
+    def judgement_of_undone(self, phase: int) -> tuple[float, float] | None:
+        """How an undone phase was judged; None: it is not undone."""
+        path = self._undone(phase)
+        return tuple(read_json(path)["judgement"]) if path.exists() else None
+
+    def _undone(self, phase: int) -> Path:
+        return self.directory / f"undone-phase{phase}.json"
 
     def of_block(self, index: int, prefix: str) -> dict[str, Tensor]:
         """What was learned of the tensors of one block, the latest of each, by full name."""
-        spans = (f"{first:05d}" for first in (index - LONGEST_SPAN + 1, index) if first >= 0)
-        endings = tuple(f"-{span}.safetensors" for span in spans)
         found: dict[str, Tensor] = {}
         for path in sorted(self.directory.glob("phase*.safetensors")):
-            if path.name.endswith(endings):
-                found |= load_file(path)
-        return {n: tensor for n, tensor in found.items() if n.startswith(prefix + ".")}
+            if int(path.stem.rpartition("-")[2]) > index:
+                continue
+            with safe_open(path, framework="pt") as span:
+                names = [n for n in span.keys() if n.startswith(prefix + ".")]  # noqa: SIM118
+                found |= {name: span.get_tensor(name) for name in names}
+        return found
+
+
+def _phase_of(path: Path) -> int:
+    return int(path.name.removeprefix("phase").partition("-")[0])
 
 
 class QuantizedBlocks:

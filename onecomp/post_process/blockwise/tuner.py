@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ from onecomp.models.calls import (
 from onecomp.models.layout import blocks_return_tuples
 from onecomp.models.skeleton import Skeleton, fill_outside
 from onecomp.models.source import ModelSource
-from onecomp.post_process.blockwise.span import Rates, Span, block_loss
+from onecomp.post_process.blockwise.goals import Answers, Goal, HiddenStates
+from onecomp.post_process.blockwise.span import Rates, Span
 from onecomp.post_process.blockwise.student_blocks import (
     Patches,
     QuantizedBlocks,
     packed_tensors,
 )
-from onecomp.post_process.distillation import WholeDistribution
+from onecomp.post_process.distillation import TopTokens, WholeDistribution
+from onecomp.post_process.teacher import KEPT_TOKENS
 from onecomp.resources import device_here
 
 TEACHER, STUDENT = "teacher", "student"
@@ -67,7 +70,7 @@ class _Sample:
     """Of the model as far as it is trained."""
     untrained: Tensor | None
     """Of the quantized model as it came; for held-out samples."""
-    target: Tensor | None = None
+    goal: Goal | None = None
     """What the span should give."""
 
 
@@ -97,6 +100,7 @@ class BlockTuner:
         self.returns_tuple = blocks_return_tuples(self.skeleton)
         fill_outside(self.outside, self.device)
         self.student = QuantizedBlocks(settings.checkpoint, self.skeleton, settings.patches)
+        self._num_blocks = len(self.skeleton.blocks)
         self._shards: dict[int, _Held] = {}
         self._span: Span | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -167,10 +171,23 @@ class BlockTuner:
             hidden = sample.teacher if is_own else sample.student
             for index, original in zip(indices, originals, strict=True):
                 hidden = self._through(sample.calls[index], original, hidden)
-            sample.target = hidden
+            sample.goal = self._goal(sample, hidden, is_last=indices.stop == self._num_blocks)
         self._first, self._count, self._originals = first, count, originals
         self._span = Span(students, originals, rates, uses_bf16=self.settings.uses_bf16)
         self._optimizer, self._start, self._skipped, self._in_a_row = None, None, 0, 0
+
+    def _goal(self, sample: _Sample, target: Tensor, *, is_last: bool) -> Goal:
+        """Hidden states of the original model; behind the last block what it makes of them."""
+        if not is_last:
+            return HiddenStates(target)
+        logits = partial(self._logits, sample)
+        return Answers(
+            TopTokens.of(logits(target), KEPT_TOKENS, 1.0).to(torch.device("cpu")), logits
+        )
+
+    def _logits(self, sample: _Sample, hidden: Tensor) -> Tensor:
+        ids, hidden = sample.input_ids.to(self.device), hidden.to(self.device)
+        return logits_behind(self.outside, hidden, ids, None, returns_tuple=self.returns_tuple)
 
     def parameters(self) -> Float[Tensor, "numbers"]:
         """The span's parameters; whoever is asked becomes its owner."""
@@ -197,9 +214,10 @@ class BlockTuner:
                 if shard in position
             }
 
-    def _inputs(self, sample: _Sample) -> tuple[list[BlockCall], Tensor, Tensor]:
+    def _inputs(self, sample: _Sample) -> tuple[list[BlockCall], Tensor, Goal]:
         calls = sample.calls[self._first : self._first + self._count]
-        return calls, sample.student.to(self.device), sample.target.to(self.device)
+        assert sample.goal is not None
+        return calls, sample.student.to(self.device), sample.goal
 
     def update(
         self, lr_factor: float, *found: Mapping[int, tuple[Tensor, float]]
@@ -235,10 +253,7 @@ class BlockTuner:
         self._span.load(vector)
         with self._span.held_weights():
             return {
-                shard: [
-                    float(block_loss(self._span.run(calls, hidden), target))
-                    for calls, hidden, target in map(self._inputs, held.held_out)
-                ]
+                shard: [float(self._span.loss(*self._inputs(sample))) for sample in held.held_out]
                 for shard, held in self._shards.items()
             }
 
@@ -277,19 +292,13 @@ class BlockTuner:
         Returns:
             In nats per token, of the model as it came and as it is now.
         """
-
-        def logits(sample: _Sample, hidden: Tensor) -> Tensor:
-            ids = sample.input_ids.to(self.device)
-            hidden = hidden.to(self.device)
-            return logits_behind(self.outside, hidden, ids, None, returns_tuple=self.returns_tuple)
-
         found: dict[int, list[tuple[float, float]]] = {}
         for shard, held in self._shards.items():
             found[shard] = []
             for sample in held.held_out:
-                teacher = WholeDistribution(logits(sample, sample.teacher))
+                teacher = WholeDistribution(self._logits(sample, sample.teacher))
                 both = [
-                    float(teacher.divergence(logits(sample, hidden), 1.0).mean())
+                    float(teacher.divergence(self._logits(sample, hidden), 1.0).mean())
                     for hidden in (sample.untrained, sample.student)
                 ]
                 found[shard].append((both[0], both[1]))

@@ -37,7 +37,9 @@ class Phase:
 
     number: int
     span: int
-    """Blocks that are trained together; each way goes on by one block."""
+    """Blocks that are trained together."""
+    starts: range
+    """First blocks of the spans."""
     epochs: int
     rates: Rates
 
@@ -49,7 +51,8 @@ class SpanReport:
     phase: int
     first: int
     before: float
-    """Held-out loss: squared error relative to the target's size."""
+    """Held-out loss: squared error relative to the target's size, with the last block divergence
+    from the original model's answers in nats per token."""
     after: float
     changed: int
     """Codes or signs that changed."""
@@ -89,6 +92,8 @@ class Tuning:
     seed: int = 0
     reports: list[SpanReport] = field(default_factory=list)
     """Of all finished spans, those of an earlier call included."""
+    undone: set[int] = field(default_factory=set)
+    """Phases after which the model was no better."""
 
     @property
     def patches(self) -> Patches:
@@ -98,7 +103,8 @@ class Tuning:
     def run(self) -> tuple[float, float]:
         """Train, and judge the whole model.
 
-        Spans that are finished already are not trained again. After the loss of a worker all
+        A phase after which the model is no better is undone. Spans that are finished already are
+        not trained again. After the loss of a worker all
         are made again and go on with the first span that is not finished.
 
         Returns:
@@ -122,18 +128,35 @@ class Tuning:
 
     def _attempt(self) -> tuple[float, float]:
         self.reports = [SpanReport(**notes) for notes in self.patches.notes()]
+        before = best = math.inf
         for phase in self.phases:
-            self._start()
-            for index in range(self.num_blocks):
-                span = range(index, index + phase.span)
-                if self.patches.has(phase.number, index) or not self._can_train(span):
-                    self._all("pass_by", index)
-                else:
-                    self._tune(phase, index)
-        return self._judge_model()
+            judgement = self.patches.judgement_of_undone(phase.number)
+            if judgement is None:
+                self._walk(phase)
+                judgement = self._judge_model()
+            before, after = judgement
+            best = min(best, before)
+            if after < best:
+                best = after
+            else:
+                logger.info(
+                    "phase %d: divergence %.4f, not below %.4f; undone", phase.number, after, best
+                )
+                self.patches.undo(phase.number, judgement)
+                self.undone.add(phase.number)
+        return before, best
 
-    def _can_train(self, span: range) -> bool:
-        return all(index in self.trainable for index in span)
+    def _walk(self, phase: Phase) -> None:
+        self._start()
+        for index in range(self.num_blocks):
+            is_wanted = index in phase.starts and self._can_train(phase, index)
+            if is_wanted and not self.patches.has(phase.number, index):
+                self._tune(phase, index)
+            else:
+                self._all("pass_by", index)
+
+    def _can_train(self, phase: Phase, first: int) -> bool:
+        return all(index in self.trainable for index in range(first, first + phase.span))
 
     def _start(self) -> None:
         self.executor.start(BlockTuner, self.settings)

@@ -15,6 +15,8 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "onebit": Onebit,
 }
 
+NUM_BLOCKS = 3
+"""A pair that is trained for its hidden states, and a block that is trained for answers."""
 SIZES = {"max_length": 64, "num_calibration_samples": 36}
 """Text enough that what is learned of 32 samples helps on the four that are held out."""
 
@@ -27,7 +29,8 @@ def subject_of(tiny_model_dir, text: Path, tmp_path_factory) -> Callable[[str], 
     def subject(kind: str) -> Subject:
         if kind not in made:
             root = tmp_path_factory.mktemp(kind)
-            made[kind] = make_subject(tiny_model_dir(), text, root, QUANTIZERS[kind](), **SIZES)
+            directory = tiny_model_dir(num_layers=NUM_BLOCKS)
+            made[kind] = make_subject(directory, text, root, QUANTIZERS[kind](), **SIZES)
         return made[kind]
 
     return subject

@@ -95,7 +95,7 @@ def test_pairs_of_blocks_are_trained_behind_single_ones(subject_of):
         process_for(subject, **settings).run(model, subject.model_config)
         [record] = records_of(model)
         after.append((record["held_out_after"], record["details"]["spans"]))
-    assert [spans for _, spans in after] == [2, 3]
+    assert [spans for _, spans in after] == [3, 4]
     assert after[1][0] < after[0][0]
 
 
@@ -158,9 +158,9 @@ def test_gradients_that_are_not_finite_are_skipped_and_in_the_end_given_up(
     process_for(subject).run(model, subject.model_config)
     [record] = records_of(model)
     assert not record["executed"]
-    assert record["details"]["spans_given_up"] == 2
+    assert record["details"]["spans_given_up"] == 3
     skipped = record["details"]["skipped_steps"]
-    assert skipped == 2 * 16  # two epochs of eight steps make more than ten
+    assert skipped == 3 * 16  # two epochs of eight steps make more than ten
     assert record["reason"] == f"{ROLLED_BACK}; {skipped} steps were skipped: not finite"
     assert "block 1: 16 steps skipped: not finite; training it ended early" in caplog.text
     assert changed(before, model) == set()

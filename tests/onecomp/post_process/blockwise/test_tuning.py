@@ -20,6 +20,7 @@ from onecomp.post_process.blockwise.span import Rates
 from onecomp.post_process.blockwise.student_blocks import Patches
 from onecomp.post_process.blockwise.tuner import sample_positions, shards_of
 from onecomp.post_process.blockwise.tuning import Phase, SpanReport, Tuning
+from onecomp.post_process.latents import LatentRates
 
 DEFAULT = BlockWisePTQ()
 
@@ -52,7 +53,7 @@ def by_one(subject_of, tmp_path_factory) -> tuple[dict[str, bytes], tuple[float,
     """Patches and judgement of one worker."""
     work = tmp_path_factory.mktemp("one")
     judgement = tuning_of(subject_of("gptq"), LocalExecutor(1), work).run()
-    assert len(files(work)) == 3
+    assert len(files(work)) == 4
     return files(work), judgement
 
 
@@ -126,10 +127,12 @@ def decisions_only(kind: str) -> Rates:
     return Rates(
         codes_scale=0.0,
         signs_scale=0.0,
-        codes=DEFAULT.gptq_intweight_lr if kind == "gptq" else 0.0,
-        signs=DEFAULT.lr,
+        latents=LatentRates(
+            codes=DEFAULT.gptq_intweight_lr if kind == "gptq" else 0.0,
+            signs=DEFAULT.lr,
+            smoothing=DEFAULT.k_smooth,
+        ),
         zero_points=0.0,
-        smoothing=DEFAULT.k_smooth,
     )
 
 
@@ -137,7 +140,9 @@ def decisions_only(kind: str) -> Rates:
 def test_the_loss_falls_because_decisions_change(kind, epochs, subject_of, tmp_path):
     subject = subject_of(kind)
     tuning = tuning_of(subject, LocalExecutor(1), tmp_path)
-    tuning.phases = [Phase(number=0, span=1, epochs=epochs, rates=decisions_only(kind))]
+    tuning.phases = [
+        Phase(number=0, span=1, starts=range(2), epochs=epochs, rates=decisions_only(kind))
+    ]
     tuning.run()
 
     reports: list[SpanReport] = tuning.reports
@@ -151,6 +156,39 @@ def test_the_loss_falls_because_decisions_change(kind, epochs, subject_of, tmp_p
             kept = name.endswith(("scales", "qzeros", "g_idx", ".a", ".b")) or "scaling" in name
             if name in original:
                 assert torch.equal(tensor, original[name]) == kept
+
+
+@pytest.mark.parametrize(("answering_blocks", "spans"), [(1, [0, 1, 2]), (2, [0, 1]), (9, [0])])
+def test_the_last_blocks_are_trained_for_the_answers_of_the_model(
+    answering_blocks, spans, subject_of, tmp_path
+):
+    settings = {"epochs": 4, "cbq_enable": False, "answering_blocks": answering_blocks}
+    tuning = tuning_of(subject_of("gptq"), LocalExecutor(2), tmp_path, **settings)
+    before, after = tuning.run()
+
+    assert [report.first for report in tuning.reports] == spans
+    last = tuning.reports[-1]
+    assert last.after < 0.98 * last.before
+    assert last.decisions == 0
+    assert last.after == pytest.approx(after, rel=1e-3)
+    if spans == [0]:
+        assert last.before == pytest.approx(before, rel=1e-3)
+
+
+def test_a_phase_that_helps_nothing_is_undone_and_stays_so(subject_of, tmp_path, monkeypatch):
+    judgements = [(1.0, 0.8), (1.0, 0.9), (1.0, 0.8)]
+    monkeypatch.setattr(Tuning, "_judge_model", lambda _tuning: judgements.pop(0))
+    subject = subject_of("gptq")
+    tuning = tuning_of(subject, LocalExecutor(1), tmp_path)
+    assert tuning.run() == (1.0, 0.8)
+    assert sorted(files(tmp_path)) == ["phase0-00000.safetensors", "phase0-00001.safetensors"]
+
+    judgements.append((1.0, 0.8))
+    again = tuning_of(subject, LocalExecutor(1), tmp_path)
+    assert again.run() == (1.0, 0.8)
+    assert judgements == []
+    assert again.undone == {1, 2}
+    assert {report.phase for report in again.reports} == {0, 1, 2}
 
 
 def test_every_sample_is_seen_once_an_epoch():
