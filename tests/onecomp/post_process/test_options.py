@@ -89,7 +89,9 @@ def test_all_settings_that_are_none_are_refused_at_once():
     found = problems("blockwise_ptq", "lr=0.1", "rate=1", "epochs", "=3")
     texts = [problem.partition(":")[0] for problem in found]
     assert texts == ["--set rate=1", "--set epochs", "--set =3"]
-    assert all("must be FIELD=VALUE with a field of address, answering_blocks, " in p for p in found)
+    assert all(
+        "must be FIELD=VALUE with a field of address, answering_blocks, " in p for p in found
+    )
     assert "calibration_config" not in found[0]
 
 
