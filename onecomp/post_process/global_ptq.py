@@ -1,4 +1,4 @@
-"""Training the scales of the whole quantized model at once against the original model."""
+"""Training the whole quantized model at once against the original model."""
 
 import math
 import time
@@ -35,7 +35,8 @@ from onecomp.storage import TemporaryPath
 class GlobalPTQ(TrainsDecisions, PostQuantizationProcess):
     """Trains scales, and zero points of asymmetric grids, of the whole model in this process.
 
-    Codes and signs are trained on request; they take 16 bytes a weight, scales next to nothing.
+    Codes and signs are trained on request. They take 16 bytes a weight, and up to 8 more in the
+    CPU's memory for the best state; scales take next to nothing.
 
     The loss is the divergence of the quantized model's next-token distribution from the original
     model's, in nats per token. The state with the lowest loss on held-out samples is kept, rounded

@@ -1,4 +1,4 @@
-"""Training the scales of the whole quantized model by several workers: Ray Train and DeepSpeed."""
+"""Training the whole quantized model by several workers: Ray Train and DeepSpeed."""
 
 import logging
 import time
@@ -64,8 +64,9 @@ class GlobalPTQDistributed(TrainsDecisions, CheckpointProcess):
     """`GlobalPTQ` as a Ray Train job with DeepSpeed: same loss, same loop, several workers.
 
     Every worker reads the student from its checkpoint, block by block. With ZeRO-3 it keeps its
-    share only, codes included, so that two workers hold half each. The loss curve in float32 does
-    not depend on how a step's samples are spread over workers and micro-batches.
+    share only, codes included, so that two workers hold half each; where codes or signs are
+    trained, the best state besides, in the CPU's memory, up to 8 bytes a weight. The loss curve in
+    float32 does not depend on how a step's samples are spread over workers and micro-batches.
 
     A worker that is lost is replaced, and all go on from the last checkpoint of the training; with
     more than one worker there is one after every epoch, whatever ``save_strategy`` says.

@@ -49,9 +49,11 @@ class BlockWisePTQ(CheckpointProcess):
     The inputs of a block are those that the model trained so far produces; what it should give is
     what the original model has there, so that earlier errors are corrected, too. Behind the last
     block that is the original model's answers: their divergence is what counts in the end, and
-    there it can be had without the rest of the model. Per block the
-    state with the lowest held-out error is kept. If the whole model's divergence from the original
-    is not lower on held-out samples afterwards, everything is rolled back.
+    there it can be had without the rest of the model.
+
+    Per block the state with the lowest held-out error is kept. Behind each phase (single blocks,
+    pairs, answering blocks) the whole model is judged by its divergence from the original on
+    held-out samples, and the phase is undone if that did not fall.
 
     Scales are always trained; ``optimize_binary`` and ``gptq_optimize_intweight`` also train signs
     and codes by way of latents. Learning rates are relative, so that one value serves all models:
@@ -62,12 +64,13 @@ class BlockWisePTQ(CheckpointProcess):
         name: Name for messages.
         lr: Learning rate of scales and latent signs of DBF and Onebit layers.
         epochs: Passes over the training samples for each block.
-        cbq_enable: Train pairs of neighbouring blocks afterwards (cross-block quantization).
+        cbq_enable: Train pairs of neighbouring blocks afterwards (cross-block quantization), of
+            those in front of the answering ones.
         gptq_lr: Learning rate of scales of integer codes, and of zero points of asymmetric grids.
-        gptq_optimize_intweight: Train integer codes.
+        gptq_optimize_intweight: Train integer codes, but of answering blocks.
         gptq_intweight_lr: Their learning rate.
         grad_clip: Largest norm of a step's gradient.
-        optimize_binary: Train signs.
+        optimize_binary: Train signs, but of answering blocks.
         k_smooth: Sharpness of the smooth sign, and inverse latent scale.
         cbq_epochs: Passes for each pair; 0 for ``epochs``.
         cbq_lr: Learning rate in pairs, of everything that is trained.
@@ -75,7 +78,8 @@ class BlockWisePTQ(CheckpointProcess):
         batch_size: Samples of a step. They are shared out over the workers, so that more workers
             than this have nothing to do; the result does not depend on how many there are.
         targets: ``teacher``: original blocks see the original model's hidden states;
-            ``student``: those of the model trained so far, so that only a block's own error counts.
+            ``student``: those of the model trained so far, so that only a block's own error counts
+            (answers are always the original model's).
         binary_lr: Learning rate of latent signs alone; None for ``lr``.
         answering_blocks: So many of the last blocks are held and trained together for the answers,
             after all others; of them scales and zero points alone. Use more for models that were
@@ -212,6 +216,8 @@ class BlockWisePTQ(CheckpointProcess):
         )
         together = min(self.answering_blocks, num_blocks)
         alone = num_blocks - together
+        if self.cbq_enable and alone < 2:
+            logger.warning("cbq_enable: fewer than two blocks are trained alone, so no pair is")
         ways = [
             Phase(number=0, starts=range(alone), span=1, epochs=self.epochs, rates=rates),
             Phase(
@@ -247,10 +253,10 @@ def _outcome(before: float, after: float, tuning: Tuning, seconds: float) -> Out
         held_out_after=min(before, after),
         seconds=round(seconds, 1),
         details={
-            "spans": len(reports),
-            "improved_spans": sum(report.after < report.before for report in reports),
+            "spans": len(kept),
+            "improved_spans": sum(report.after < report.before for report in kept),
             "changed_decisions": sum(report.changed for report in kept),
-            "trained_decisions": sum(report.decisions for report in reports),
+            "trained_decisions": sum(report.decisions for report in kept),
             "skipped_steps": skipped,
             "phases_undone": len(tuning.undone),
             "spans_given_up": sum(report.gave_up for report in reports),

@@ -1,7 +1,7 @@
 """Blocks of a quantized checkpoint one by one, with what was learned since in files beside it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,17 @@ from onecomp.export.quant_config import LayerFormat, quantized_layers
 from onecomp.models.skeleton import Skeleton, fill
 from onecomp.models.source import ModelSource
 from onecomp.quantizer.quant_linear import QuantLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How the whole model was judged behind a phase: divergence from the original, nats a token."""
+
+    before: float
+    """Of the model as it came."""
+    after: float
+    is_kept: bool
+    """Whether what the phase learned stays."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +62,31 @@ class Patches:
         return [
             read_json(path)
             for path in sorted(self.directory.glob("phase*.json"))
-            if path.with_suffix(".safetensors").exists() or self._undone(_phase_of(path)).exists()
+            if path.with_suffix(".safetensors").exists() or self._is_undone(_phase_of(path))
         ]
 
-    def undo(self, phase: int, judgement: tuple[float, float]) -> None:
-        """Take back all spans of a phase for good; may be repeated.
+    def judge(self, phase: int, verdict: Verdict) -> None:
+        """Note for good what became of a phase; the spans of one that is not kept are taken back.
 
-        Args:
-            phase: Its number.
-            judgement: How the model was judged before training, and after the phase.
+        May be repeated, so that whoever was interrupted here goes on by reading the verdict.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(self._undone(phase), {"judgement": judgement})
-        for path in self.directory.glob(f"phase{phase}-*.safetensors"):
-            path.unlink()
+        write_json(self._verdict_file(phase), asdict(verdict))
+        if not verdict.is_kept:
+            for path in self.directory.glob(f"phase{phase}-*.safetensors"):
+                path.unlink()
 
-    def judgement_of_undone(self, phase: int) -> tuple[float, float] | None:
-        """How an undone phase was judged; None: it is not undone."""
-        path = self._undone(phase)
-        return tuple(read_json(path)["judgement"]) if path.exists() else None
+    def verdict(self, phase: int) -> Verdict | None:
+        """What became of a phase; None: it is not judged yet."""
+        path = self._verdict_file(phase)
+        return Verdict(**read_json(path)) if path.exists() else None
 
-    def _undone(self, phase: int) -> Path:
-        return self.directory / f"undone-phase{phase}.json"
+    def _verdict_file(self, phase: int) -> Path:
+        return self.directory / f"verdict-phase{phase}.json"
+
+    def _is_undone(self, phase: int) -> bool:
+        verdict = self.verdict(phase)
+        return verdict is not None and not verdict.is_kept
 
     def of_block(self, index: int, prefix: str) -> dict[str, Tensor]:
         """What was learned of the tensors of one block, the latest of each, by full name."""

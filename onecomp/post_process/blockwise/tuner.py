@@ -166,12 +166,13 @@ class BlockTuner:
         indices = range(first, first + count)
         originals = [self.skeleton.load_block(i, self.device) for i in indices]
         students = [self.student.load(i, self.device) for i in indices]
+        is_last = indices.stop == self._num_blocks
+        follows_teacher = is_last or self.settings.targets == TEACHER
         for sample in self._samples():
-            is_own = self.settings.targets == TEACHER
-            hidden = sample.teacher if is_own else sample.student
+            hidden = sample.teacher if follows_teacher else sample.student
             for index, original in zip(indices, originals, strict=True):
                 hidden = self._through(sample.calls[index], original, hidden)
-            sample.goal = self._goal(sample, hidden, is_last=indices.stop == self._num_blocks)
+            sample.goal = self._goal(sample, hidden, is_last=is_last)
         self._first, self._count, self._originals = first, count, originals
         self._span = Span(students, originals, rates, uses_bf16=self.settings.uses_bf16)
         self._optimizer, self._start, self._skipped, self._in_a_row = None, None, 0, 0
@@ -282,6 +283,8 @@ class BlockTuner:
         self._advance(self._first, self._span.blocks[0], self._originals[0], untrained)
         self._span = self._optimizer = None
         self._originals = []
+        for sample in self._samples():
+            sample.goal = None
 
     # The whole model
 

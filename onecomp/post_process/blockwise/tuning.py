@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from onecomp.errors import OneCompError, WorkerError
 from onecomp.executor import Executor, Ref
 from onecomp.post_process.blockwise.span import Rates
-from onecomp.post_process.blockwise.student_blocks import Patches
+from onecomp.post_process.blockwise.student_blocks import Patches, Verdict
 from onecomp.post_process.blockwise.tuner import (
     BlockTuner,
     SampleShard,
@@ -128,35 +128,43 @@ class Tuning:
 
     def _attempt(self) -> tuple[float, float]:
         self.reports = [SpanReport(**notes) for notes in self.patches.notes()]
+        self.undone = set()
         before = best = math.inf
-        for phase in self.phases:
-            judgement = self.patches.judgement_of_undone(phase.number)
-            if judgement is None:
-                self._walk(phase)
-                judgement = self._judge_model()
-            before, after = judgement
-            best = min(best, before)
-            if after < best:
-                best = after
+        for phase in [p for p in self.phases if self._spans(p)] or self.phases[:1]:
+            verdict = self.patches.verdict(phase.number) or self._carry_out(phase, best)
+            self.patches.judge(phase.number, verdict)
+            before, best = verdict.before, min(best, verdict.before)
+            if verdict.is_kept:
+                best = verdict.after
             else:
-                logger.info(
-                    "phase %d: divergence %.4f, not below %.4f; undone", phase.number, after, best
-                )
-                self.patches.undo(phase.number, judgement)
                 self.undone.add(phase.number)
         return before, best
 
+    def _carry_out(self, phase: Phase, best: float) -> Verdict:
+        """Train a phase, and judge the model behind it; ``best``: how it was judged so far."""
+        self._walk(phase)
+        before, after = self._judge_model()
+        verdict = Verdict(before=before, after=after, is_kept=after < min(best, before))
+        fate = "kept" if verdict.is_kept else "undone"
+        logger.info("phase %d: divergence %.4f nats a token; %s", phase.number, after, fate)
+        return verdict
+
     def _walk(self, phase: Phase) -> None:
+        spans = self._spans(phase)
         self._start()
         for index in range(self.num_blocks):
-            is_wanted = index in phase.starts and self._can_train(phase, index)
-            if is_wanted and not self.patches.has(phase.number, index):
+            if index in spans and not self.patches.has(phase.number, index):
                 self._tune(phase, index)
             else:
                 self._all("pass_by", index)
 
-    def _can_train(self, phase: Phase, first: int) -> bool:
-        return all(index in self.trainable for index in range(first, first + phase.span))
+    def _spans(self, phase: Phase) -> list[int]:
+        """First blocks of the spans in which anything can be trained."""
+        return [
+            first
+            for first in phase.starts
+            if any(index in self.trainable for index in range(first, first + phase.span))
+        ]
 
     def _start(self) -> None:
         self.executor.start(BlockTuner, self.settings)

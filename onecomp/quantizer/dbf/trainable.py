@@ -47,7 +47,7 @@ class TrainableFactors(TrainableLinear):
         if trained.signs:
             sure = (None, None)
             if reference is not None:
-                sure = self._confidence(left_signs, right_signs, reference.float())
+                sure = self._confidence(left_signs, right_signs, reference.to(left_signs))
             self.left = sign_latents(left_signs, trained, sure[0])
             self.right = sign_latents(right_signs, trained, sure[1])
         else:

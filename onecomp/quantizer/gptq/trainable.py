@@ -70,7 +70,7 @@ class TrainableCodes(TrainableLinear):
         scales = self._by_column(self.scale.detach())
         steps = self._by_column(self.zero.detach())
         safe = torch.where(scales == 0, 1, scales)
-        lean = reference.float() / safe + steps - codes
+        lean = reference.to(codes) / safe + steps - codes
         return codes + lean.clamp_(-MOST_LEAN, MOST_LEAN)
 
     def weight(self) -> Float[Tensor, "out in"]:

@@ -47,7 +47,7 @@ class TrainableSigns(TrainableLinear):
             confidence = None
             if reference is not None:
                 size = self.a.detach()[:, None] * self.b.detach()
-                confidence = reference.float() * signs / torch.where(size == 0, 1, size)
+                confidence = reference.to(signs) * signs / torch.where(size == 0, 1, size)
             self.sign = sign_latents(signs, trained, confidence)
         else:
             self.register_buffer("sign", signs.to(torch.int8))

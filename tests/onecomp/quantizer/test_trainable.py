@@ -82,6 +82,12 @@ def test_training_begins_with_the_weight_as_it_is(make, trained, has_reference):
 
 
 @pytest.mark.parametrize("make", LAYERS)
+def test_the_original_weight_may_be_on_another_device(make):
+    learning = make().to("meta").trainable(ALL, draw(OUT, IN))
+    assert {p.device.type for p in learning.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("make", LAYERS)
 def test_what_is_learned_is_what_is_stored(make):
     layer = make()
     learning = layer.trainable(ALL)

@@ -131,6 +131,30 @@ def test_a_model_that_is_not_better_on_the_whole_comes_back_as_it_was(subject_of
     assert changed(before, model) == set()
 
 
+def test_a_phase_that_is_undone_is_not_counted(subject_of, monkeypatch):
+    judgements = [(1.0, 0.8), (1.0, 0.9)]
+    monkeypatch.setattr(
+        "onecomp.post_process.blockwise.tuning.Tuning._judge_model",
+        lambda _tuning: judgements.pop(0),
+    )
+    subject = subject_of("gptq")
+    model = subject.load()
+    process_for(subject).run(model, subject.model_config)
+    [record] = records_of(model)
+    assert record["executed"]
+    assert record["held_out_after"] == 0.8
+    assert record["details"]["spans"] == record["details"]["improved_spans"] == 2
+    assert record["details"]["phases_undone"] == 1
+
+
+def test_pairs_that_there_are_not_are_told(subject_of, caplog):
+    subject = subject_of("gptq")
+    process_for(subject, cbq_enable=True, answering_blocks=2, epochs=1).run(
+        subject.load(), subject.model_config
+    )
+    assert "cbq_enable: fewer than two blocks are trained alone" in caplog.text
+
+
 def test_blocks_that_only_get_worse_stay_as_they_were(subject_of):
     subject = subject_of("gptq")
     model = subject.load()

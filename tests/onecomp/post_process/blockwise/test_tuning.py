@@ -77,7 +77,7 @@ def test_finished_spans_are_not_trained_again(by_one, subject_of, tmp_path):
     told = [dataclasses.replace(report, seconds=0.0) for report in tuning.reports]
     kept, *others = sorted((tmp_path / PATCHES).glob("*.safetensors"))
     stamp = kept.stat().st_mtime_ns
-    for path in others:
+    for path in [*others, *(tmp_path / PATCHES).glob("verdict-*")]:
         path.unlink()
     again = tuning_of(subject_of("gptq"), LocalExecutor(2), tmp_path)
     judgement = again.run()
@@ -96,9 +96,9 @@ def trapping(ray_executor, tmp_path) -> Iterator[SabotagedExecutor]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("calls", [3, 11])
+@pytest.mark.parametrize("calls", [3, 70, 100])
 def test_a_killed_worker_changes_nothing(calls, trapping, by_one, subject_of, tmp_path):
-    """In the first span, and in a later one."""
+    """In each of the three phases: a span takes 32 calls."""
     trapping.traps.set("gradients", signal.SIGKILL, calls=calls)
     judgement = tuning_of(subject_of("gptq"), trapping, tmp_path).run()
     assert trapping.traps.left == []
@@ -183,12 +183,55 @@ def test_a_phase_that_helps_nothing_is_undone_and_stays_so(subject_of, tmp_path,
     assert tuning.run() == (1.0, 0.8)
     assert sorted(files(tmp_path)) == ["phase0-00000.safetensors", "phase0-00001.safetensors"]
 
-    judgements.append((1.0, 0.8))
+    taken_back = tmp_path / PATCHES / "phase2-00002.safetensors"
+    taken_back.write_bytes(b"left by an interruption between verdict and removal")
     again = tuning_of(subject, LocalExecutor(1), tmp_path)
     assert again.run() == (1.0, 0.8)
-    assert judgements == []
+    assert not taken_back.exists()
     assert again.undone == {1, 2}
     assert {report.phase for report in again.reports} == {0, 1, 2}
+
+
+def test_a_finished_tuning_stays_as_it_is(by_one, subject_of, tmp_path):
+    subject = subject_of("gptq")
+    first = tuning_of(subject, LocalExecutor(1), tmp_path)
+    assert (first.run(), first.undone) == (by_one[1], set())
+    again = tuning_of(subject, LocalExecutor(1), tmp_path)
+    again.executor = None  # nothing is left to do
+    assert (again.run(), again.undone) == (by_one[1], set())
+    assert files(tmp_path) == by_one[0]
+
+
+@pytest.mark.parametrize("phase", [0, 2])
+def test_an_interruption_before_a_judgement_changes_nothing(
+    phase, by_one, subject_of, tmp_path, monkeypatch
+):
+    subject = subject_of("gptq")
+    judge = Tuning._judge_model
+
+    def interrupted(tuning: Tuning) -> tuple[float, float]:
+        if tuning.reports[-1].phase == phase:
+            raise KeyboardInterrupt
+        return judge(tuning)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tuning, "_judge_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tuning_of(subject, LocalExecutor(1), tmp_path).run()
+    again = tuning_of(subject, LocalExecutor(1), tmp_path)
+    assert (again.run(), again.undone) == (by_one[1], set())
+    assert files(tmp_path) == by_one[0]
+
+
+@pytest.mark.parametrize(("answering_blocks", "spans"), [(1, [0, 1]), (2, [0, 1]), (9, [0])])
+def test_blocks_without_quantized_layers_stay_and_all_others_are_trained(
+    answering_blocks, spans, subject_of, tmp_path
+):
+    settings = {"cbq_enable": False, "answering_blocks": answering_blocks}
+    tuning = tuning_of(subject_of("gptq"), LocalExecutor(1), tmp_path, **settings)
+    tuning.trainable = [0, 1]
+    tuning.run()
+    assert [report.first for report in tuning.reports] == spans
 
 
 def test_every_sample_is_seen_once_an_epoch():
