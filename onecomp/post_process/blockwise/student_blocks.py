@@ -66,15 +66,14 @@ class Patches:
         ]
 
     def judge(self, phase: int, verdict: Verdict) -> None:
-        """Note for good what became of a phase; the spans of one that is not kept are taken back.
-
-        May be repeated, so that whoever was interrupted here goes on by reading the verdict.
-        """
+        """Note for good what became of a phase."""
         self.directory.mkdir(parents=True, exist_ok=True)
         write_json(self._verdict_file(phase), asdict(verdict))
-        if not verdict.is_kept:
-            for path in self.directory.glob(f"phase{phase}-*.safetensors"):
-                path.unlink()
+
+    def take_back(self, phase: int) -> None:
+        """Remove what was learned in a phase that is not kept; may be repeated."""
+        for path in self.directory.glob(f"phase{phase}-*.safetensors"):
+            path.unlink()
 
     def verdict(self, phase: int) -> Verdict | None:
         """What became of a phase; None: it is not judged yet."""

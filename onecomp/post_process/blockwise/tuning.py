@@ -132,11 +132,11 @@ class Tuning:
         before = best = math.inf
         for phase in [p for p in self.phases if self._spans(p)] or self.phases[:1]:
             verdict = self.patches.verdict(phase.number) or self._carry_out(phase, best)
-            self.patches.judge(phase.number, verdict)
             before, best = verdict.before, min(best, verdict.before)
             if verdict.is_kept:
                 best = verdict.after
             else:
+                self.patches.take_back(phase.number)
                 self.undone.add(phase.number)
         return before, best
 
@@ -145,6 +145,7 @@ class Tuning:
         self._walk(phase)
         before, after = self._judge_model()
         verdict = Verdict(before=before, after=after, is_kept=after < min(best, before))
+        self.patches.judge(phase.number, verdict)
         fate = "kept" if verdict.is_kept else "undone"
         logger.info("phase %d: divergence %.4f nats a token; %s", phase.number, after, fate)
         return verdict

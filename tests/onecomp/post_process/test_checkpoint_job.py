@@ -171,7 +171,7 @@ def test_a_process_of_the_users_own_is_recorded(blockwise: PostProcessJob, subje
 def test_finished_spans_stay_and_give_the_same_checkpoint(blockwise: PostProcessJob):
     blockwise.run()
     patches, weights = patches_of(blockwise), weights_of(blockwise.output)
-    assert len(patches) == 4  # tensors and notes of two blocks
+    assert len(patches) == 6  # tensors and notes of two blocks, verdicts on two phases
     shutil.rmtree(blockwise.output)
     blockwise.run()
     assert patches_of(blockwise) == patches
@@ -183,7 +183,8 @@ def test_only_spans_that_are_not_finished_are_trained(blockwise: PostProcessJob)
     patches, weights = patches_of(blockwise), weights_of(blockwise.output)
     first, last = sorted(name for name in patches if name.endswith(".safetensors"))
     shutil.rmtree(blockwise.output)
-    (blockwise.work / PATCHES / last).unlink()
+    for name in (last, "verdict-phase2.json"):
+        (blockwise.work / PATCHES / name).unlink()
     blockwise.run()
     found = patches_of(blockwise)
     assert found[first] == patches[first]

@@ -13,6 +13,7 @@ from onecomp.post_process.distillation import LossWeights
 from onecomp.post_process.gang import GangMember
 from onecomp.post_process.gang_checkpoints import GangCheckpoints, resume
 from onecomp.post_process.gang_job import PROGRESS_FILE, GangJob
+from onecomp.post_process.student import StudentRates
 from onecomp.post_process.training import Course, Progress, Training
 
 EPOCHS, STEPS_PER_EPOCH, SAVE_STEPS = 3, 4, 3
@@ -37,8 +38,7 @@ def saved(strategy: str, world_size: int, model_config: ModelConfig) -> tuple[li
         model_config=model_config,
         course=Course(num_samples=STEPS_PER_EPOCH * world_size, epochs=EPOCHS),
         weights=LossWeights(),
-        lr_of_codes=1e-5,
-        lr_of_signs=1e-5,
+        rates=StudentRates(codes_scale=1e-5, signs_scale=1e-5),
         uses_bf16=False,
         gradient_checkpointing=False,
         engine=EngineConfig(stage=1, deepspeed={}),

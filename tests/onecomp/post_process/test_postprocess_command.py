@@ -208,7 +208,7 @@ def nothing_is_made(tmp_path: Path):
         ),
         (
             [*GLOBAL, "--set", "rate=1"],
-            "global_ptq: --set rate=1: must be FIELD=VALUE with a field of dbf_lr, ",
+            "global_ptq: --set rate=1: must be FIELD=VALUE with a field of binary_lr, dbf_lr, ",
         ),
         (
             [*GLOBAL, "--set", "w_distill=0.0", "--set", "w_ntp=0.0"],

@@ -112,7 +112,8 @@ def test_kept_tokens_have_the_precision_that_is_asked_for(
     read = [load_file(tmp_path / "kept" / f"{number:06d}.safetensors") for number in (1, 0)]
     log_probs, rest = (torch.cat([file[key] for file in read]) for key in ("log_probs", "rest"))
     assert log_probs.dtype == dtype
-    assert torch.allclose(log_probs.float(), expected.values, rtol=torch.finfo(dtype).eps, atol=0)
+    rounding = 4 * torch.finfo(dtype).eps  # of both, and of logits in float32
+    assert torch.allclose(log_probs.float(), expected.values, rtol=rounding, atol=0)
     assert rest.dtype == torch.float32
     assert torch.allclose(rest, 1 - expected.values.exp().sum(-1), atol=1e-6)
 
